@@ -1,0 +1,98 @@
+"""When features may be reused, and the two forms in which they are: the inference cache and an explicit block in training.
+
+The cache lives in eval() with gradients disabled and holds the rounded factors D and U. It trusts only parameters that the layer
+itself put in place: FSDP2, functional_call and their like swap parameter objects in, and FSDP2 changes their values without
+changing identity or version.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+Factors = tuple[Tensor, Tensor]
+Versions = tuple[tuple["weakref.ref[Tensor]", int], ...]
+
+
+def versions(tensors: Iterable[Tensor]) -> Versions:
+    """What identifies the values of `tensors`: the objects, weakly, and their version counters."""
+    return tuple((weakref.ref(t), t._version) for t in tensors)
+
+
+def unchanged(before: Versions, tensors: Iterable[Tensor]) -> bool:
+    """Whether `tensors` are the objects of `before`, unmodified in place (writes through .data are invisible)."""
+    now = tuple(tensors)
+    return len(now) == len(before) and all(
+        ref() is t and version == t._version for (ref, version), t in zip(before, now, strict=True)
+    )
+
+
+class FeatureCache:
+    """The detached factors D and U of one layer, valid for the parameters and branch dtype that they were computed from."""
+
+    def __init__(self) -> None:
+        self._trusted: tuple[weakref.ref[Tensor], ...] = ()
+        self._versions: Versions = ()
+        self._dtype: torch.dtype | None = None
+        self._factors: Factors | None = None
+
+    def reset(self, parameters: Iterable[Tensor]) -> None:
+        """Drop the factors and trust exactly `parameters` from now on."""
+        self._factors = None
+        self._trusted = tuple(weakref.ref(p) for p in parameters if type(p) is nn.Parameter)
+
+    def usable(self, parameters: tuple[Tensor, ...]) -> bool:
+        """Whether the cache may be read and written for these parameters, here and now."""
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return False
+        if len(parameters) != len(self._trusted) or any(
+            ref() is not p for ref, p in zip(self._trusted, parameters, strict=True)
+        ):
+            return False
+        if any(p.is_inference() for p in parameters):
+            return False
+        return not (parameters[0].is_cuda and torch.cuda.is_current_stream_capturing())
+
+    def get(self, parameters: tuple[Tensor, ...], dtype: torch.dtype) -> Factors | None:
+        """The cached factors if they still hold, else None."""
+        if self._factors is not None and self._dtype == dtype and unchanged(self._versions, parameters):
+            return self._factors
+        return None
+
+    def put(self, parameters: tuple[Tensor, ...], dtype: torch.dtype, factors: Factors) -> Factors:
+        """Keep `factors` for these parameters and this branch dtype."""
+        self._versions, self._dtype, self._factors = versions(parameters), dtype, factors
+        return factors
+
+
+@dataclass
+class ReusedFeatures:
+    """Features of one layer inside a `reuse_features` block: a leaf that collects dH, and the graph that waits for it."""
+
+    features: Tensor
+    leaf: Tensor
+    versions: Versions
+
+    @classmethod
+    def of(cls, features: Tensor, parameters: tuple[Tensor, ...]) -> ReusedFeatures:
+        """Cut `features` off their graph, so that every backward inside the block ends at the leaf."""
+        leaf = features.detach().requires_grad_(features.requires_grad)
+        return cls(features, leaf, versions(parameters))
+
+    def checked(self, parameters: tuple[Tensor, ...]) -> Tensor:
+        """The leaf, if no parameter has changed since the block began."""
+        if not unchanged(self.versions, parameters):
+            raise RuntimeError(
+                "a Neat parameter changed inside reuse_features(): the reused features are stale; "
+                "leave the block before optimizer.step() or load_state_dict()"
+            )
+        return self.leaf
+
+    def flush(self) -> None:
+        """Carry the collected dH through the features' backward into the gradients of A and the chain."""
+        if self.leaf.grad is not None:
+            torch.autograd.backward(self.features, self.leaf.grad)

@@ -1,0 +1,465 @@
+"""FusedNeatLinear: a frozen linear layer and its Neat update as one module."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from neat_kernels import functional
+from neat_kernels.cache import Factors, FeatureCache, ReusedFeatures
+from neat_kernels.plan import Plan, make_plan
+from neat_kernels.torch_backend.gemm import row_blocks
+from neat_kernels.vocabulary import (
+    ACTIVATIONS,
+    BACKENDS,
+    HALF_DTYPES,
+    ORIENTATIONS,
+    autocast_dtype,
+    check_choice,
+    check_compute_dtype,
+    check_dropout,
+    check_int,
+    check_scaling,
+    wide_dtype,
+)
+
+
+class FusedNeatLinear(nn.Module):
+    """Frozen linear layer plus an update that is a small neural network of the frozen weight.
+
+    y = x·(W + s·ΔW)ᵀ + bias;  out: ΔWᵀ = g(Wᵀ·Aᵀ)·Bᵀ;  in: ΔW = g(W·Aᵀ)·Bᵀ;  ΔW is never formed.
+
+    B starts at zero, so a fresh layer computes exactly what the frozen layer does. `weight` and `bias` are frozen; set
+    `layer.bias.requires_grad_(True)` to train the bias.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        bias: whether there is a bias [N].
+        r: rank, the width of the small network.
+        orientation: which of W's dimensions A acts on, "out" (PEFT's PEANuT) or "in" (the paper's formula).
+        depth: pairs of encoder and decoder layers [r,r] between A and B.
+        activation: σ; one of relu, sin2pi, sin, gelu, gelu_tanh, silu, tanh, sigmoid, identity.
+        scaling: s.
+        dropout: probability in [0, 1) of dropping an element of x in the adapter branch, in training.
+        compute_dtype: dtype of the adapter branch; None is the input's, torch.float32 the only other one for half inputs.
+        backend: "auto", or "torch" / "triton", which runs or raises.
+        device: where the parameters are.
+        dtype: dtype of every parameter.
+
+    Raises:
+        ValueError: an option is not as above.
+
+    Source: arXiv 2410.01870.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        r: int = 16,
+        orientation: str = "out",
+        depth: int = 0,
+        activation: str = "relu",
+        scaling: float = 1.0,
+        dropout: float = 0.0,
+        compute_dtype: torch.dtype | None = None,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_int("in_features", in_features, 1)
+        check_int("out_features", out_features, 1)
+        linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+        options = dict(r=r, orientation=orientation, depth=depth, activation=activation, scaling=scaling, dropout=dropout)
+        self._setup(linear, linear.weight.dtype, compute_dtype=compute_dtype, backend=backend, **options)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        *,
+        r: int = 16,
+        orientation: str = "out",
+        depth: int = 0,
+        activation: str = "relu",
+        scaling: float = 1.0,
+        dropout: float = 0.0,
+        compute_dtype: torch.dtype | None = None,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> FusedNeatLinear:
+        """Wrap an existing nn.Linear, or GPT-2's Conv1D, sharing its parameters: nothing of W's size is copied.
+
+        The shared weight and bias are frozen. A Conv1D keeps its [in,out] layout.
+
+        Args:
+            linear: the layer to adapt.
+            r: rank.
+            orientation: "out" or "in".
+            depth: encoder-decoder pairs.
+            activation: σ.
+            scaling: s.
+            dropout: probability in [0, 1).
+            compute_dtype: dtype of the adapter branch.
+            backend: "auto", "torch" or "triton".
+            device: must be None or the weight's device, where the adapter goes.
+            dtype: dtype of the adapter; None is the weight's, but float32 over a half weight, since small updates of half
+                parameters round away.
+
+        Returns:
+            The adapted layer, in the training mode of `linear`.
+
+        Raises:
+            TypeError: `linear` is neither nn.Linear nor Conv1D.
+            ValueError: its weight is not a floating tensor that holds data, or an option is not valid.
+        """
+        weight = _checked_weight(linear)
+        if device is not None and torch.empty(0, device=device).device != weight.device:
+            raise ValueError(f"device must be the weight's device {weight.device}, got {device}")
+        if dtype is None:
+            dtype = torch.float32 if weight.dtype in HALF_DTYPES else weight.dtype
+        elif not dtype.is_floating_point or dtype.itemsize < 2:
+            raise ValueError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype}")
+        layer = cls.__new__(cls)
+        options = dict(r=r, orientation=orientation, depth=depth, activation=activation, scaling=scaling, dropout=dropout)
+        layer._setup(linear, dtype, compute_dtype=compute_dtype, backend=backend, **options)
+        return layer.train(linear.training)
+
+    def _setup(
+        self,
+        linear: nn.Module,
+        adapter_dtype: torch.dtype,
+        *,
+        r: int,
+        orientation: str,
+        depth: int,
+        activation: str,
+        scaling: float,
+        dropout: float,
+        compute_dtype: torch.dtype | None,
+        backend: str,
+    ) -> None:
+        check_int("r", r, 1)
+        check_int("depth", depth, 0)
+        check_choice("orientation", orientation, ORIENTATIONS)
+        check_choice("activation", activation, ACTIVATIONS)
+        check_choice("backend", backend, BACKENDS)
+        check_scaling(scaling)
+        check_dropout(dropout)
+        check_compute_dtype(compute_dtype)
+        nn.Module.__init__(self)
+        self.transposed = not isinstance(linear, nn.Linear)
+        self.weight, self.bias = linear.weight, linear.bias  # type: ignore[assignment]
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        self.out_features, self.in_features = self._matrix().shape
+        self.r, self.orientation, self.depth, self.activation = r, orientation, depth, activation
+        self.scaling, self.dropout, self.compute_dtype, self.backend = float(scaling), dropout, compute_dtype, backend
+        columns = self.out_features if orientation == "out" else self.in_features
+        like = dict(device=self.weight.device, dtype=adapter_dtype)
+        self.neat_A = nn.Parameter(torch.empty(r, columns, **like))
+        self.neat_B = nn.Parameter(torch.empty(columns, r, **like))
+        self.neat_encoders = nn.ParameterList(nn.Parameter(torch.empty(r, r, **like)) for _ in range(depth))
+        self.neat_decoders = nn.ParameterList(nn.Parameter(torch.empty(r, r, **like)) for _ in range(depth))
+        self.reset_adapter()
+        self._unmerged: nn.Parameter | None
+        self._hold(None)
+        self._reused: ReusedFeatures | None = None
+        self._cache = FeatureCache()
+        self.invalidate()
+        self.register_load_state_dict_post_hook(_invalidate_after_load)
+
+    def reset_adapter(self) -> None:
+        """Draw A and the chain anew (Kaiming uniform, a=√5) and set B to zero: an exact no-op."""
+        for p in (self.neat_A, *self.neat_encoders, *self.neat_decoders):
+            nn.init.kaiming_uniform_(p, a=math.sqrt(5))
+        nn.init.zeros_(self.neat_B)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer.
+
+        Args:
+            x: [..., in_features], any rank >= 1.
+
+        Returns:
+            y [..., out_features] in x's dtype (the autocast dtype under autocast).
+
+        Raises:
+            ValueError: x does not fit the weight.
+            RuntimeError: the layer is merged and is asked to train its adapter.
+            BackendUnavailableError: an explicit backend cannot run here.
+        """
+        if self.merged:
+            self._refuse_training_while_merged()
+            return F.linear(x, self._matrix(), self.bias)
+        down, up = self._factors(autocast_dtype(x))
+        return functional.low_rank_linear(
+            x,
+            self._matrix(),
+            down,
+            up,
+            self.bias,
+            scaling=self.scaling,
+            dropout=self.dropout,
+            training=self.training,
+            compute_dtype=self.compute_dtype,
+            backend=self.backend,
+        )
+
+    def delta_weight(self) -> Tensor:
+        """The update ΔW scaled by s as a matrix, for inspection and tests.
+
+        Returns:
+            [out_features, in_features], float32 (float64 in float64), without a gradient.
+        """
+        lora_A, lora_B = self.lora_factors()
+        return lora_B @ lora_A
+
+    @torch.no_grad()
+    def lora_factors(self) -> tuple[Tensor, Tensor]:
+        """The LoRA adapter that this layer is: lora_A = Dᵀ, lora_B = s·U, lora_B @ lora_A = ΔW.
+
+        Returns:
+            lora_A [r, in_features] and lora_B [out_features, r], float32 (float64 in float64), without a gradient.
+        """
+        base = self._unmerged if self._unmerged is not None else self.weight
+        wide = wide_dtype(base, self.neat_A)
+        H = self._features(_matrix(base, self.transposed))
+        down, up = self._as_factors(H, self.neat_B)
+        return down.to(wide).t().contiguous(), up.to(wide) * self.scaling
+
+    @property
+    def merged(self) -> bool:
+        """Whether `weight` currently holds W + ΔW."""
+        return self._unmerged is not None
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Replace `weight` by a parameter that holds W + ΔW, added in float32 and rounded once; W itself is kept.
+
+        In bf16 and fp16 whatever of ΔW is below half a unit in the last place of W rounds away (0.2 % of |W| in bf16).
+
+        Raises:
+            RuntimeError: the layer is merged already.
+            ValueError: W + ΔW is not finite.
+        """
+        if self.merged:
+            raise RuntimeError("expected an unmerged layer, got a merged one: call unmerge() first")
+        merged = self._merged_weight()
+        self._hold(self.weight)
+        self.weight = nn.Parameter(merged, requires_grad=False)
+        self.invalidate()
+
+    def unmerge(self) -> None:
+        """Put W back, bit for bit: it is the parameter from before merge().
+
+        Raises:
+            RuntimeError: the layer is not merged.
+        """
+        if self._unmerged is None:
+            raise RuntimeError("expected a merged layer, got an unmerged one: call merge() first")
+        self.weight = self._unmerged
+        self._hold(None)
+        self.invalidate()
+
+    def invalidate(self) -> None:
+        """Drop cached features; needed after parameters were written through `.data`, which no version counter sees."""
+        self._cache.reset(self._feature_parameters())
+
+    def explain(self, x: Tensor) -> Plan:
+        """The backend and plan that x would take, and why.
+
+        Args:
+            x: an input of the layer; only its dtype and device are looked at.
+
+        Returns:
+            The plan; str() of it is a sentence.
+        """
+        if self.merged:
+            return Plan("torch", "native", "the layer is merged, so that forward is F.linear with W + ΔW")
+        return make_plan(x.to(autocast_dtype(x)), self.backend)
+
+    def extra_repr(self) -> str:
+        """Sizes and options, as nn.Linear prints its own."""
+        text = (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, r={self.r}, "
+            f"orientation={self.orientation!r}, depth={self.depth}, activation={self.activation!r}, scaling={self.scaling}"
+        )
+        if self.dropout:
+            text += f", dropout={self.dropout}"
+        return text + (", merged=True" if self.merged else "")
+
+    def train(self, mode: bool = True) -> FusedNeatLinear:
+        """Set the training mode and drop cached features."""
+        super().train(mode)
+        self.invalidate()
+        return self
+
+    def _matrix(self) -> Tensor:
+        return _matrix(self.weight, self.transposed)
+
+    def _feature_parameters(self) -> tuple[Tensor, ...]:
+        return self.weight, self.neat_A, self.neat_B, *self.neat_encoders, *self.neat_decoders
+
+    def _features(self, weight: Tensor) -> Tensor:
+        return functional.neat_features(
+            weight,
+            self.neat_A,
+            encoders=tuple(self.neat_encoders),
+            decoders=tuple(self.neat_decoders),
+            orientation=self.orientation,
+            activation=self.activation,
+            backend=self.backend,
+        )
+
+    def _as_factors(self, H: Tensor, B: Tensor) -> Factors:
+        return (H, B) if self.orientation == "out" else (B, H)
+
+    def _factors(self, dtype: torch.dtype) -> Factors:
+        if self._reused is not None:
+            return self._as_factors(self._reused.checked(self._feature_parameters()), self.neat_B)
+        if self.training or torch.is_grad_enabled():
+            return self._as_factors(self._features(self._matrix()), self.neat_B)
+        parameters = self._feature_parameters()
+        if not self._cache.usable(parameters):
+            return self._as_factors(self._features(self._matrix()), self.neat_B)
+        branch_dtype = self.compute_dtype or dtype
+        return self._cache.get(parameters, branch_dtype) or self._fill_cache(parameters, branch_dtype)
+
+    def _fill_cache(self, parameters: tuple[Tensor, ...], dtype: torch.dtype) -> Factors:
+        # Outside inference mode, so that the cached tensors are ordinary ones and serve later calls in any mode.
+        with torch.inference_mode(False), torch.no_grad():
+            down, up = self._as_factors(self._features(self._matrix()), self.neat_B.detach())
+            return self._cache.put(parameters, dtype, (down.to(dtype), up.to(dtype)))
+
+    def _merged_weight(self) -> Tensor:
+        lora_A, lora_B = self.lora_factors()
+        merged = torch.empty_like(self.weight)
+        source, target = self._matrix(), _matrix(merged, self.transposed)
+        for rows in row_blocks(*source.shape, lora_A.element_size()):
+            target[rows] = torch.addmm(source[rows].to(lora_A.dtype), lora_B[rows], lora_A)
+        if not torch.isfinite(merged).all():
+            raise ValueError("W + ΔW must be finite to be merged, got NaN or infinity: nothing was changed")
+        return merged
+
+    def _refuse_training_while_merged(self) -> None:
+        if self.training and torch.is_grad_enabled() and any(p.requires_grad for p in self._feature_parameters()):
+            raise RuntimeError("a merged layer cannot train its adapter: call unmerge() first, or eval() for inference")
+
+    def _hold(self, weight: nn.Parameter | None) -> None:
+        # Past nn.Module.__setattr__, which would register the unmerged W as a second parameter.
+        self.__dict__["_unmerged"] = weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedNeatLinear:
+        super()._apply(fn, recurse)
+        if self._unmerged is not None:
+            self._unmerged.data = fn(self._unmerged.data)
+        self.invalidate()
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        # A checkpoint holds W and the adapter, whether or not they are merged just now.
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._unmerged is not None:
+            destination[prefix + "weight"] = self._unmerged if keep_vars else self._unmerged.detach()
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool, *rest: Any
+    ) -> None:
+        if self.merged and any(key.startswith(prefix) for key in state_dict):
+            rest[-1].append(f"{prefix.rstrip('.') or 'layer'} is merged: call unmerge() before load_state_dict()")
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": None, "_reused": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._cache = FeatureCache()
+        self.invalidate()
+
+
+@contextmanager
+def reuse_features(model: nn.Module) -> Iterator[None]:
+    """Compute the features of every Neat layer in `model` once for all forwards and backwards inside the block.
+
+    For gradient accumulation: dH is collected over the micro-batches and goes through the features' backward once, when the
+    block ends; only then do A and the chain have their gradients. Take no optimizer step inside; DistributedDataParallel does
+    not see these late gradients.
+
+    Args:
+        model: a model with FusedNeatLinear layers, or one such layer.
+
+    Raises:
+        ValueError: `model` has no FusedNeatLinear layer.
+        RuntimeError: blocks are nested, or a parameter changes inside.
+    """
+    layers = [m for m in model.modules() if isinstance(m, FusedNeatLinear) and not m.merged]
+    if not layers:
+        raise ValueError("expected a model with unmerged FusedNeatLinear layers, got none")
+    if any(layer._reused is not None for layer in layers):
+        raise RuntimeError("reuse_features() blocks cannot be nested")
+    try:
+        for layer in layers:
+            H = layer._features(layer._matrix())
+            layer._reused = ReusedFeatures.of(H, layer._feature_parameters())
+        yield
+        for layer in layers:
+            _flush(layer)
+    finally:
+        for layer in layers:
+            layer._reused = None
+
+
+def _flush(layer: FusedNeatLinear) -> None:
+    assert layer._reused is not None
+    layer._reused.checked(layer._feature_parameters())
+    layer._reused.flush()
+
+
+def _matrix(weight: Tensor, transposed: bool) -> Tensor:
+    """W as [N,K]; a Conv1D stores Wᵀ."""
+    return weight.t() if transposed else weight
+
+
+def _invalidate_after_load(layer: nn.Module, incompatible_keys: Any) -> None:
+    assert isinstance(layer, FusedNeatLinear)
+    layer.invalidate()
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is transformers' Conv1D, told without importing transformers."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def _checked_weight(linear: nn.Module) -> nn.Parameter:
+    if not (isinstance(linear, nn.Linear) or is_conv1d(linear)):
+        raise TypeError(f"expected nn.Linear or transformers' Conv1D, got {type(linear).__name__}")
+    weight = linear.weight
+    if not isinstance(weight, nn.Parameter) or weight.ndim != 2:
+        raise ValueError(f"expected a weight that is a 2-D parameter, got {type(weight).__name__} of {weight.shape}")
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        raise ValueError(f"expected a float64, float32, bfloat16 or float16 weight, got {weight.dtype}")
+    if weight.device.type == "meta":
+        raise ValueError("expected a weight that holds data, got one on the meta device: load the model first")
+    return weight
+
+
+def neat_layers(model: nn.Module) -> Iterable[tuple[str, FusedNeatLinear]]:
+    """Every Neat layer of `model` with its qualified name."""
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, FusedNeatLinear))

@@ -1,0 +1,86 @@
+"""Products with a tall, possibly half-precision operand, accumulated in fp32 without an fp32 copy of that operand.
+
+A half operand is cast in row blocks of at most 1 MiB. On a GPU, two half operands use torch.mm(..., out_dtype=float32).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+BLOCK_BYTES = 1 << 20
+
+
+def row_blocks(rows: int, columns: int, itemsize: int) -> Iterator[slice]:
+    """Slices of `rows` such that a block of `columns` elements of `itemsize` bytes is at most 1 MiB (at least one row)."""
+    step = max(1, BLOCK_BYTES // max(1, columns * itemsize))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def _mm_wide(a: Tensor, b: Tensor) -> bool:
+    return a.is_cuda and a.dtype == b.dtype and a.dtype in (torch.float16, torch.bfloat16)
+
+
+def rows_times(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
+    """a·b [M,r] in `wide`, for a tall a [M,K] and a narrow b [K,r], with one read of a."""
+    if _mm_wide(a, b):
+        return torch.mm(a, b, out_dtype=wide)
+    b = b.to(wide)
+    if a.dtype == wide:
+        return a @ b
+    out = a.new_empty((a.shape[0], b.shape[1]), dtype=wide)
+    for rows in row_blocks(*a.shape, wide.itemsize):
+        torch.mm(a[rows].to(wide), b, out=out[rows])
+    return out
+
+
+def transposed_times(a: Tensor, p: Tensor, wide: torch.dtype) -> Tensor:
+    """pᵀ·a [r,K] in `wide`, the transpose of aᵀ·p, for a tall a [M,K] and a narrow p [M,r], with one read of a.
+
+    The transposed form is up to twice as fast as aᵀ·p on a CPU in fp32 (0.7 ms against 1.2 at M=2048, K=1024, r=16).
+    """
+    if _mm_wide(a, p):
+        return torch.mm(p.t(), a, out_dtype=wide)
+    p = p.to(wide)
+    if a.dtype == wide:
+        return p.t() @ a
+    out = a.new_zeros((p.shape[1], a.shape[1]), dtype=wide)
+    for rows in row_blocks(*a.shape, wide.itemsize):
+        out.addmm_(p[rows].t(), a[rows].to(wide))
+    return out
+
+
+@functools.cache
+def half_gemm_is_native(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies half matrices in hardware or through oneDNN.
+
+    Without it torch takes a scalar loop: dy·W at M=2048, 1024x1024, bf16 took 4361 ms where fp32 takes 23 (AVX2).
+    """
+    query = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
+    supported = getattr(torch.ops.mkldnn, query, None)
+    return bool(supported()) if supported is not None else False
+
+
+def casts_blocks(x: Tensor) -> bool:
+    """Whether the base GEMM of x should run on fp32 casts of row blocks instead of torch's own half GEMM."""
+    return x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16) and not half_gemm_is_native(x.dtype)
+
+
+@contextlib.contextmanager
+def ieee_fp32(device: torch.device) -> Iterator[None]:
+    """Inside, fp32 products on `device` are IEEE whatever the TF32 setting: Z feeds a nonlinearity."""
+    backend = {"cuda": torch.backends.cuda.matmul, "cpu": torch.backends.mkldnn.matmul}.get(device.type)
+    before = getattr(backend, "fp32_precision", "ieee")
+    if before == "ieee":
+        yield
+        return
+    backend.fp32_precision = "ieee"  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        backend.fp32_precision = before  # type: ignore[union-attr]
