@@ -1,8 +1,8 @@
-"""When features may be reused, and the two forms in which they are: the inference cache and an explicit block in training.
+"""When features may be reused, and the two forms of reuse: the inference cache and an explicit block in training.
 
-The cache lives in eval() with gradients disabled and holds the rounded factors D and U. It trusts only parameters that the layer
-itself put in place: FSDP2, functional_call and their like swap parameter objects in, and FSDP2 changes their values without
-changing identity or version.
+The cache lives in eval() with gradients disabled and holds the rounded factors D and U. It trusts only parameters that
+the layer itself put in place: FSDP2, functional_call and their like swap parameter objects in, and FSDP2 changes their
+values without changing identity or version.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def unchanged(before: Versions, tensors: Iterable[Tensor]) -> bool:
 
 
 class FeatureCache:
-    """The detached factors D and U of one layer, valid for the parameters and branch dtype that they were computed from."""
+    """The detached factors D and U of one layer, valid for the parameters and branch dtype they were made from."""
 
     def __init__(self) -> None:
         self._trusted: tuple[weakref.ref[Tensor], ...] = ()
@@ -42,8 +42,12 @@ class FeatureCache:
 
     def reset(self, parameters: Iterable[Tensor]) -> None:
         """Drop the factors and trust exactly `parameters` from now on."""
-        self._factors = None
+        self.drop()
         self._trusted = tuple(weakref.ref(p) for p in parameters if type(p) is nn.Parameter)
+
+    def drop(self) -> None:
+        """Drop the factors."""
+        self._factors = None
 
     def usable(self, parameters: tuple[Tensor, ...]) -> bool:
         """Whether the cache may be read and written for these parameters, here and now."""
@@ -71,7 +75,7 @@ class FeatureCache:
 
 @dataclass
 class ReusedFeatures:
-    """Features of one layer inside a `reuse_features` block: a leaf that collects dH, and the graph that waits for it."""
+    """One layer's features inside a `reuse_features` block: a leaf that collects dH, and the graph waiting for it."""
 
     features: Tensor
     leaf: Tensor

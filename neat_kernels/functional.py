@@ -104,7 +104,8 @@ def neat_features(
 ) -> Tensor:
     """Features of the frozen weight.
 
-    H = g(Wᵀ·Aᵀ) [K,r] (out) or g(W·Aᵀ) [N,r] (in);  g: σ, then p encoders h = σ(h·Eᵀ), then p decoders h = σ(h·Dᵀ) + skip
+    H = g(Wᵀ·Aᵀ) [K,r] (out) or g(W·Aᵀ) [N,r] (in)
+    g: σ, then p encoders h = σ(h·Eᵀ), then p decoders h = σ(h·Dᵀ) + skip
 
     Args:
         weight: W [N,K], frozen; may be strided.
@@ -131,7 +132,8 @@ def neat_features(
     _check_float("A", A)
     if A.ndim != 2 or A.shape[0] < 1 or A.shape[1] != columns:
         raise ValueError(
-            f"A must be [r, {columns}] for a weight {tuple(weight.shape)} and orientation={orientation!r}, got {tuple(A.shape)}"
+            f"A must be [r, {columns}] for a weight {tuple(weight.shape)} and orientation={orientation!r}, "
+            f"got {tuple(A.shape)}"
         )
     _check_device(weight.device, A=A)
     chain = _stack_chain(encoders, decoders, A)
@@ -277,6 +279,8 @@ def _stack_chain(encoders: Sequence[Tensor], decoders: Sequence[Tensor], A: Tens
     for name, layers in (("encoders", encoders), ("decoders", decoders)):
         for i, layer in enumerate(layers):
             if tuple(layer.shape) != (r, r) or layer.dtype != A.dtype:
-                raise ValueError(f"{name}[{i}] must be [{r}, {r}] in {A.dtype}, got {tuple(layer.shape)} in {layer.dtype}")
+                raise ValueError(
+                    f"{name}[{i}] must be [{r}, {r}] in {A.dtype}, got {tuple(layer.shape)} in {layer.dtype}"
+                )
             _check_device(A.device, **{f"{name}[{i}]": layer})
     return torch.stack((*encoders, *decoders))

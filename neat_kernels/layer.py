@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -12,22 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from neat_kernels import functional
+from neat_kernels.base_layer import adapter_dtype, as_matrix, checked_weight
 from neat_kernels.cache import Factors, FeatureCache, ReusedFeatures
+from neat_kernels.options import LayerOptions
 from neat_kernels.plan import Plan, make_plan
 from neat_kernels.torch_backend.gemm import row_blocks
-from neat_kernels.vocabulary import (
-    ACTIVATIONS,
-    BACKENDS,
-    HALF_DTYPES,
-    ORIENTATIONS,
-    autocast_dtype,
-    check_choice,
-    check_compute_dtype,
-    check_dropout,
-    check_int,
-    check_scaling,
-    wide_dtype,
-)
+from neat_kernels.vocabulary import COMPUTE_DTYPES, autocast_dtype, check_int, wide_dtype
 
 
 class FusedNeatLinear(nn.Module):
@@ -48,7 +38,8 @@ class FusedNeatLinear(nn.Module):
         activation: σ; one of relu, sin2pi, sin, gelu, gelu_tanh, silu, tanh, sigmoid, identity.
         scaling: s.
         dropout: probability in [0, 1) of dropping an element of x in the adapter branch, in training.
-        compute_dtype: dtype of the adapter branch; None is the input's, torch.float32 the only other one for half inputs.
+        compute_dtype: dtype of the adapter branch; None is the input's, torch.float32 the only other one for half
+            inputs.
         backend: "auto", or "torch" / "triton", which runs or raises.
         device: where the parameters are.
         dtype: dtype of every parameter.
@@ -61,6 +52,16 @@ class FusedNeatLinear(nn.Module):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
+    r: int
+    orientation: str
+    depth: int
+    activation: str
+    scaling: float
+    dropout: float
+    compute_dtype: torch.dtype | None
+    backend: str
+    _original: nn.Module | None
+    _unmerged: nn.Parameter | None
 
     def __init__(
         self,
@@ -81,9 +82,17 @@ class FusedNeatLinear(nn.Module):
     ) -> None:
         check_int("in_features", in_features, 1)
         check_int("out_features", out_features, 1)
-        linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
-        options = dict(r=r, orientation=orientation, depth=depth, activation=activation, scaling=scaling, dropout=dropout)
-        self._setup(linear, linear.weight.dtype, compute_dtype=compute_dtype, backend=backend, **options)
+        options = LayerOptions(
+            r=r,
+            orientation=orientation,
+            depth=depth,
+            activation=activation,
+            scaling=scaling,
+            dropout=dropout,
+            compute_dtype=compute_dtype,
+            backend=backend,
+        )
+        self._setup(nn.Linear(in_features, out_features, bias, device=device, dtype=dtype), options)
 
     @classmethod
     def from_linear(
@@ -116,8 +125,8 @@ class FusedNeatLinear(nn.Module):
             compute_dtype: dtype of the adapter branch.
             backend: "auto", "torch" or "triton".
             device: must be None or the weight's device, where the adapter goes.
-            dtype: dtype of the adapter; None is the weight's, but float32 over a half weight, since small updates of half
-                parameters round away.
+            dtype: dtype of the adapter; None is the weight's, but float32 over a half weight, since small updates of
+                half parameters round away.
 
         Returns:
             The adapted layer, in the training mode of `linear`.
@@ -126,62 +135,52 @@ class FusedNeatLinear(nn.Module):
             TypeError: `linear` is neither nn.Linear nor Conv1D.
             ValueError: its weight is not a floating tensor that holds data, or an option is not valid.
         """
-        weight = _checked_weight(linear)
+        options = LayerOptions(
+            r=r,
+            orientation=orientation,
+            depth=depth,
+            activation=activation,
+            scaling=scaling,
+            dropout=dropout,
+            compute_dtype=compute_dtype,
+            backend=backend,
+        )
+        weight = checked_weight(linear)
         if device is not None and torch.empty(0, device=device).device != weight.device:
             raise ValueError(f"device must be the weight's device {weight.device}, got {device}")
-        if dtype is None:
-            dtype = torch.float32 if weight.dtype in HALF_DTYPES else weight.dtype
-        elif not dtype.is_floating_point or dtype.itemsize < 2:
+        if dtype is not None and dtype not in COMPUTE_DTYPES:
             raise ValueError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype}")
         layer = cls.__new__(cls)
-        options = dict(r=r, orientation=orientation, depth=depth, activation=activation, scaling=scaling, dropout=dropout)
-        layer._setup(linear, dtype, compute_dtype=compute_dtype, backend=backend, **options)
+        layer._setup(linear, options, dtype or adapter_dtype(weight.dtype))
+        layer._hold(_original=linear)
         return layer.train(linear.training)
 
-    def _setup(
-        self,
-        linear: nn.Module,
-        adapter_dtype: torch.dtype,
-        *,
-        r: int,
-        orientation: str,
-        depth: int,
-        activation: str,
-        scaling: float,
-        dropout: float,
-        compute_dtype: torch.dtype | None,
-        backend: str,
-    ) -> None:
-        check_int("r", r, 1)
-        check_int("depth", depth, 0)
-        check_choice("orientation", orientation, ORIENTATIONS)
-        check_choice("activation", activation, ACTIVATIONS)
-        check_choice("backend", backend, BACKENDS)
-        check_scaling(scaling)
-        check_dropout(dropout)
-        check_compute_dtype(compute_dtype)
+    def _setup(self, linear: nn.Module, options: LayerOptions, adapter_dtype: torch.dtype | None = None) -> None:
         nn.Module.__init__(self)
+        self._hold(_original=None, _unmerged=None)
         self.transposed = not isinstance(linear, nn.Linear)
         self.weight, self.bias = linear.weight, linear.bias  # type: ignore[assignment]
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
         self.out_features, self.in_features = self._matrix().shape
-        self.r, self.orientation, self.depth, self.activation = r, orientation, depth, activation
-        self.scaling, self.dropout, self.compute_dtype, self.backend = float(scaling), dropout, compute_dtype, backend
-        columns = self.out_features if orientation == "out" else self.in_features
-        like = dict(device=self.weight.device, dtype=adapter_dtype)
-        self.neat_A = nn.Parameter(torch.empty(r, columns, **like))
-        self.neat_B = nn.Parameter(torch.empty(columns, r, **like))
-        self.neat_encoders = nn.ParameterList(nn.Parameter(torch.empty(r, r, **like)) for _ in range(depth))
-        self.neat_decoders = nn.ParameterList(nn.Parameter(torch.empty(r, r, **like)) for _ in range(depth))
-        self.reset_adapter()
-        self._unmerged: nn.Parameter | None
-        self._hold(None)
+        for name, value in asdict(options).items():
+            setattr(self, name, value)
+        self._make_adapter(adapter_dtype)
         self._reused: ReusedFeatures | None = None
         self._cache = FeatureCache()
         self.invalidate()
-        self.register_load_state_dict_post_hook(_invalidate_after_load)
+        self.register_load_state_dict_post_hook(_after_load)
+
+    def _make_adapter(self, dtype: torch.dtype | None) -> None:
+        def parameter(rows: int, columns: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(rows, columns, device=self.weight.device, dtype=dtype or self.weight.dtype))
+
+        columns = self.out_features if self.orientation == "out" else self.in_features
+        self.neat_A, self.neat_B = parameter(self.r, columns), parameter(columns, self.r)
+        self.neat_encoders = nn.ParameterList(parameter(self.r, self.r) for _ in range(self.depth))
+        self.neat_decoders = nn.ParameterList(parameter(self.r, self.r) for _ in range(self.depth))
+        self.reset_adapter()
 
     def reset_adapter(self) -> None:
         """Draw A and the chain anew (Kaiming uniform, a=√5) and set B to zero: an exact no-op."""
@@ -236,11 +235,15 @@ class FusedNeatLinear(nn.Module):
         Returns:
             lora_A [r, in_features] and lora_B [out_features, r], float32 (float64 in float64), without a gradient.
         """
-        base = self._unmerged if self._unmerged is not None else self.weight
-        wide = wide_dtype(base, self.neat_A)
-        H = self._features(_matrix(base, self.transposed))
+        wide = wide_dtype(self.base_weight, self.neat_A)
+        H = self._features(as_matrix(self.base_weight, self.transposed))
         down, up = self._as_factors(H, self.neat_B)
         return down.to(wide).t().contiguous(), up.to(wide) * self.scaling
+
+    @property
+    def base_weight(self) -> nn.Parameter:
+        """The frozen W itself, whether or not the layer is merged, in the layout of the base layer."""
+        return self._unmerged if self._unmerged is not None else self.weight
 
     @property
     def merged(self) -> bool:
@@ -259,8 +262,8 @@ class FusedNeatLinear(nn.Module):
         """
         if self.merged:
             raise RuntimeError("expected an unmerged layer, got a merged one: call unmerge() first")
-        merged = self._merged_weight()
-        self._hold(self.weight)
+        merged = self.merged_weight()
+        self._hold(_unmerged=self.weight)
         self.weight = nn.Parameter(merged, requires_grad=False)
         self.invalidate()
 
@@ -273,8 +276,32 @@ class FusedNeatLinear(nn.Module):
         if self._unmerged is None:
             raise RuntimeError("expected a merged layer, got an unmerged one: call merge() first")
         self.weight = self._unmerged
-        self._hold(None)
+        self._hold(_unmerged=None)
         self.invalidate()
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """W + ΔW in W's dtype and layout, added in float32 (float64) row block by row block and rounded once.
+
+        Raises:
+            ValueError: the sum is not finite.
+        """
+        lora_A, lora_B = self.lora_factors()
+        merged = torch.empty_like(self.base_weight)
+        source, target = as_matrix(self.base_weight, self.transposed), as_matrix(merged, self.transposed)
+        for rows in row_blocks(source.shape[0], source.shape[1], lora_A.element_size()):
+            target[rows] = torch.addmm(source[rows].to(lora_A.dtype), lora_B[rows], lora_A)
+            if not torch.isfinite(target[rows]).all():
+                raise ValueError("W + ΔW must be finite to be merged, got NaN or infinity: nothing was changed")
+        return merged
+
+    def plain_linear(self, weight: nn.Parameter) -> nn.Module:
+        """The original module (a new nn.Linear for a layer made from sizes) with `weight` and this layer's bias."""
+        linear = self._original
+        if linear is None:
+            linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.weight, linear.bias = weight, self.bias  # type: ignore[assignment]
+        return linear.train(self.training)
 
     def invalidate(self) -> None:
         """Drop cached features; needed after parameters were written through `.data`, which no version counter sees."""
@@ -291,13 +318,14 @@ class FusedNeatLinear(nn.Module):
         """
         if self.merged:
             return Plan("torch", "native", "the layer is merged, so that forward is F.linear with W + ΔW")
-        return make_plan(x.to(autocast_dtype(x)), self.backend)
+        return make_plan(x.device, autocast_dtype(x), self.backend)
 
     def extra_repr(self) -> str:
         """Sizes and options, as nn.Linear prints its own."""
         text = (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, r={self.r}, "
-            f"orientation={self.orientation!r}, depth={self.depth}, activation={self.activation!r}, scaling={self.scaling}"
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"r={self.r}, orientation={self.orientation!r}, depth={self.depth}, activation={self.activation!r}, "
+            f"scaling={self.scaling}"
         )
         if self.dropout:
             text += f", dropout={self.dropout}"
@@ -306,11 +334,11 @@ class FusedNeatLinear(nn.Module):
     def train(self, mode: bool = True) -> FusedNeatLinear:
         """Set the training mode and drop cached features."""
         super().train(mode)
-        self.invalidate()
+        self._cache.drop()
         return self
 
     def _matrix(self) -> Tensor:
-        return _matrix(self.weight, self.transposed)
+        return as_matrix(self.weight, self.transposed)
 
     def _feature_parameters(self) -> tuple[Tensor, ...]:
         return self.weight, self.neat_A, self.neat_B, *self.neat_encoders, *self.neat_decoders
@@ -346,23 +374,13 @@ class FusedNeatLinear(nn.Module):
             down, up = self._as_factors(self._features(self._matrix()), self.neat_B.detach())
             return self._cache.put(parameters, dtype, (down.to(dtype), up.to(dtype)))
 
-    def _merged_weight(self) -> Tensor:
-        lora_A, lora_B = self.lora_factors()
-        merged = torch.empty_like(self.weight)
-        source, target = self._matrix(), _matrix(merged, self.transposed)
-        for rows in row_blocks(*source.shape, lora_A.element_size()):
-            target[rows] = torch.addmm(source[rows].to(lora_A.dtype), lora_B[rows], lora_A)
-        if not torch.isfinite(merged).all():
-            raise ValueError("W + ΔW must be finite to be merged, got NaN or infinity: nothing was changed")
-        return merged
-
     def _refuse_training_while_merged(self) -> None:
         if self.training and torch.is_grad_enabled() and any(p.requires_grad for p in self._feature_parameters()):
             raise RuntimeError("a merged layer cannot train its adapter: call unmerge() first, or eval() for inference")
 
-    def _hold(self, weight: nn.Parameter | None) -> None:
-        # Past nn.Module.__setattr__, which would register the unmerged W as a second parameter.
-        self.__dict__["_unmerged"] = weight
+    def _hold(self, **references: nn.Module | nn.Parameter | None) -> None:
+        # Past nn.Module.__setattr__, which would register the original module and the unmerged W a second time.
+        self.__dict__.update(references)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedNeatLinear:
         super()._apply(fn, recurse)
@@ -394,70 +412,12 @@ class FusedNeatLinear(nn.Module):
         self.invalidate()
 
 
-@contextmanager
-def reuse_features(model: nn.Module) -> Iterator[None]:
-    """Compute the features of every Neat layer in `model` once for all forwards and backwards inside the block.
-
-    For gradient accumulation: dH is collected over the micro-batches and goes through the features' backward once, when the
-    block ends; only then do A and the chain have their gradients. Take no optimizer step inside; DistributedDataParallel does
-    not see these late gradients.
-
-    Args:
-        model: a model with FusedNeatLinear layers, or one such layer.
-
-    Raises:
-        ValueError: `model` has no FusedNeatLinear layer.
-        RuntimeError: blocks are nested, or a parameter changes inside.
-    """
-    layers = [m for m in model.modules() if isinstance(m, FusedNeatLinear) and not m.merged]
-    if not layers:
-        raise ValueError("expected a model with unmerged FusedNeatLinear layers, got none")
-    if any(layer._reused is not None for layer in layers):
-        raise RuntimeError("reuse_features() blocks cannot be nested")
-    try:
-        for layer in layers:
-            H = layer._features(layer._matrix())
-            layer._reused = ReusedFeatures.of(H, layer._feature_parameters())
-        yield
-        for layer in layers:
-            _flush(layer)
-    finally:
-        for layer in layers:
-            layer._reused = None
-
-
-def _flush(layer: FusedNeatLinear) -> None:
-    assert layer._reused is not None
-    layer._reused.checked(layer._feature_parameters())
-    layer._reused.flush()
-
-
-def _matrix(weight: Tensor, transposed: bool) -> Tensor:
-    """W as [N,K]; a Conv1D stores Wᵀ."""
-    return weight.t() if transposed else weight
-
-
-def _invalidate_after_load(layer: nn.Module, incompatible_keys: Any) -> None:
+def _after_load(layer: nn.Module, incompatible_keys: Any) -> None:
     assert isinstance(layer, FusedNeatLinear)
+    if layer._original is not None:
+        # assign=True puts new parameters in place; the original module must not keep the old ones alive.
+        layer.plain_linear(layer.weight)
     layer.invalidate()
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether `module` is transformers' Conv1D, told without importing transformers."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
-
-
-def _checked_weight(linear: nn.Module) -> nn.Parameter:
-    if not (isinstance(linear, nn.Linear) or is_conv1d(linear)):
-        raise TypeError(f"expected nn.Linear or transformers' Conv1D, got {type(linear).__name__}")
-    weight = linear.weight
-    if not isinstance(weight, nn.Parameter) or weight.ndim != 2:
-        raise ValueError(f"expected a weight that is a 2-D parameter, got {type(weight).__name__} of {weight.shape}")
-    if not weight.is_floating_point() or weight.element_size() < 2:
-        raise ValueError(f"expected a float64, float32, bfloat16 or float16 weight, got {weight.dtype}")
-    if weight.device.type == "meta":
-        raise ValueError("expected a weight that holds data, got one on the meta device: load the model first")
-    return weight
 
 
 def neat_layers(model: nn.Module) -> Iterable[tuple[str, FusedNeatLinear]]:

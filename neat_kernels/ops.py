@@ -4,7 +4,8 @@ neat_kernels::features           H, Z = g(W·…), Z
 neat_kernels::low_rank_linear    y, S = x·Wᵀ + bias + s·S·Uᵀ, x̃·D
 
 Each has a backward operator of its own, so that a compiler sees two calls and no Python. The last argument names the
-backend whose functions run; the choice is made above, in plan.py. Nothing is saved but x, S, W itself and r-wide tensors.
+backend whose functions run; the choice is made above, in plan.py. Nothing is saved but x, S, W itself and r-wide
+tensors.
 """
 
 from __future__ import annotations
@@ -166,7 +167,8 @@ def _low_rank_linear_backward_fake(
         assert weight is not None
         dx = dy.new_empty((dy.shape[0], weight.shape[1]))
     if ddown_dtype is not None:
-        assert x is not None and up is not None
+        assert x is not None
+        assert up is not None
         ddown = dy.new_empty((x.shape[1], up.shape[1]), dtype=ddown_dtype)
     if dup_dtype is not None:
         assert S is not None
@@ -177,7 +179,9 @@ def _low_rank_linear_backward_fake(
 
 
 def _refuse_trainable_weight(op: str) -> None:
-    raise RuntimeError(f"neat_kernels::{op} computes no gradient for the frozen weight: call weight.requires_grad_(False)")
+    raise RuntimeError(
+        f"neat_kernels::{op} computes no gradient for the frozen weight: call weight.requires_grad_(False)"
+    )
 
 
 def _features_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from neat_kernels.torch_backend.gemm import casts_blocks
 from neat_kernels.vocabulary import BACKENDS, check_choice
@@ -57,11 +56,11 @@ def choose_backend(requested: str, device: torch.device) -> str:
     return requested
 
 
-def make_plan(x: Tensor, requested: str) -> Plan:
-    """The plan that x would take, for `FusedNeatLinear.explain`."""
-    backend = choose_backend(requested, x.device)
+def make_plan(device: torch.device, dtype: torch.dtype, requested: str) -> Plan:
+    """The plan that an input of this dtype on this device would take, for `FusedNeatLinear.explain`."""
+    backend = choose_backend(requested, device)
     asked = "requested" if requested != "auto" else f"chosen by auto, since {_NO_TRITON}"
-    if casts_blocks(x):
-        gemm = f"fp32 casts of row blocks, since this CPU has no fast {str(x.dtype).removeprefix('torch.')} GEMM"
+    if casts_blocks(device, dtype):
+        gemm = f"fp32 casts of row blocks, since this CPU has no fast {str(dtype).removeprefix('torch.')} GEMM"
         return Plan(backend, "blocks", f"{asked}; {gemm}")
     return Plan(backend, "native", f"{asked}; torch's GEMM accumulates onto the low-rank product")

@@ -3,8 +3,9 @@
 Z = Wᵀ·Aᵀ (out) or W·Aᵀ (in);  H = g(Z);  D, U = H, B (out) or B, H (in)
 S = x̃·D;  y = x·Wᵀ + bias + s·S·Uᵀ
 
-Every product is taken in fp32 (float64 in float64) and rounded only where the layer's contract says: D, U, S and the gradient of
-S to the branch dtype, y and each gradient once to their own. It casts W whole: it is for tests, not for training.
+Every product is taken in fp32 (float64 in float64) and rounded only where the layer's contract says: D, U, S and the
+gradient of S to the branch dtype, y and each gradient once to their own. It casts W whole: it is for tests, not for
+training.
 """
 
 from __future__ import annotations
@@ -161,7 +162,16 @@ def neat_linear(
         )
     down, up = (H, B) if orientation == "out" else (B, H)
     return low_rank_linear(
-        x, weight, down, up, bias, scaling=scaling, dropout=dropout, training=training, compute_dtype=compute_dtype, seed=seed
+        x,
+        weight,
+        down,
+        up,
+        bias,
+        scaling=scaling,
+        dropout=dropout,
+        training=training,
+        compute_dtype=compute_dtype,
+        seed=seed,
     )
 
 

@@ -60,7 +60,7 @@ def wide_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype x computes in: the autocast dtype where autocast is on (float64 is exempt, as in F.linear), else its own."""
+    """The dtype that x computes in: autocast's where it is on (float64 is exempt, as in F.linear), else its own."""
     device = x.device.type
     if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)

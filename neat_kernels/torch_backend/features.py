@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from neat_kernels.torch_backend.activations import Activation, activation
-from neat_kernels.torch_backend.gemm import ieee_fp32, rows_times, transposed_times
+from neat_kernels.torch_backend.gemm import ieee_fp32, rows_times, transposed, transposed_times
 from neat_kernels.vocabulary import wide_dtype
 
 
@@ -24,7 +24,7 @@ def forward(
     wide = wide_dtype(weight, A)
     with ieee_fp32(weight.device):
         if orientation == "out":
-            Z = transposed_times(weight, A.t(), wide).t().contiguous()
+            Z = transposed(transposed_times(weight, A.t(), wide), wide)
         else:
             Z = rows_times(weight, A.t(), wide)
         trace = _chain_forward(Z, _wide_chain(chain, wide), activation(activation_name))
@@ -49,7 +49,7 @@ def backward(
         if dA_dtype is not None:
             assert weight is not None
             if orientation == "out":
-                dA = rows_times(weight, dZ, wide).t().to(dA_dtype, memory_format=torch.contiguous_format)
+                dA = transposed(rows_times(weight, dZ, wide), dA_dtype)
             else:
                 dA = transposed_times(weight, dZ, wide).to(dA_dtype)
     if chain is None or not need_dchain:

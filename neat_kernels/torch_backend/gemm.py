@@ -8,22 +8,26 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from neat_kernels.vocabulary import HALF_DTYPES
+
 BLOCK_BYTES = 1 << 20
+_mkldnn: Any = torch.backends.mkldnn
 
 
 def row_blocks(rows: int, columns: int, itemsize: int) -> Iterator[slice]:
-    """Slices of `rows` such that a block of `columns` elements of `itemsize` bytes is at most 1 MiB (at least one row)."""
+    """Slices of `rows` such that a block of `columns` elements of `itemsize` bytes is at most 1 MiB, or one row."""
     step = max(1, BLOCK_BYTES // max(1, columns * itemsize))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
 
 def _mm_wide(a: Tensor, b: Tensor) -> bool:
-    return a.is_cuda and a.dtype == b.dtype and a.dtype in (torch.float16, torch.bfloat16)
+    return a.is_cuda and a.dtype == b.dtype and a.dtype in HALF_DTYPES
 
 
 def rows_times(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
@@ -34,7 +38,7 @@ def rows_times(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
     if a.dtype == wide:
         return a @ b
     out = a.new_empty((a.shape[0], b.shape[1]), dtype=wide)
-    for rows in row_blocks(*a.shape, wide.itemsize):
+    for rows in row_blocks(a.shape[0], a.shape[1], wide.itemsize):
         torch.mm(a[rows].to(wide), b, out=out[rows])
     return out
 
@@ -50,9 +54,14 @@ def transposed_times(a: Tensor, p: Tensor, wide: torch.dtype) -> Tensor:
     if a.dtype == wide:
         return p.t() @ a
     out = a.new_zeros((p.shape[1], a.shape[1]), dtype=wide)
-    for rows in row_blocks(*a.shape, wide.itemsize):
+    for rows in row_blocks(a.shape[0], a.shape[1], wide.itemsize):
         out.addmm_(p[rows].t(), a[rows].to(wide))
     return out
+
+
+def transposed(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """tᵀ of a matrix as a fresh contiguous tensor in `dtype`: the layout that the fake kernels promise."""
+    return t.new_empty((t.shape[1], t.shape[0]), dtype=dtype).copy_(t.t())
 
 
 @functools.cache
@@ -66,21 +75,21 @@ def half_gemm_is_native(dtype: torch.dtype) -> bool:
     return bool(supported()) if supported is not None else False
 
 
-def casts_blocks(x: Tensor) -> bool:
-    """Whether the base GEMM of x should run on fp32 casts of row blocks instead of torch's own half GEMM."""
-    return x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16) and not half_gemm_is_native(x.dtype)
+def casts_blocks(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the base GEMM should run on fp32 casts of row blocks instead of torch's own half GEMM."""
+    return device.type == "cpu" and dtype in HALF_DTYPES and not half_gemm_is_native(dtype)
 
 
 @contextlib.contextmanager
 def ieee_fp32(device: torch.device) -> Iterator[None]:
     """Inside, fp32 products on `device` are IEEE whatever the TF32 setting: Z feeds a nonlinearity."""
-    backend = {"cuda": torch.backends.cuda.matmul, "cpu": torch.backends.mkldnn.matmul}.get(device.type)
+    backend: Any = {"cuda": torch.backends.cuda.matmul, "cpu": _mkldnn.matmul}.get(device.type)
     before = getattr(backend, "fp32_precision", "ieee")
     if before == "ieee":
         yield
         return
-    backend.fp32_precision = "ieee"  # type: ignore[union-attr]
+    backend.fp32_precision = "ieee"
     try:
         yield
     finally:
-        backend.fp32_precision = before  # type: ignore[union-attr]
+        backend.fp32_precision = before

@@ -3,11 +3,12 @@
 S = x̃·D            y  = x·Wᵀ + bias + s·S·Uᵀ            x̃ = x ∘ mask / (1 - p) under dropout, else x
 dS = s·dy·U        dU = s·dyᵀ·S      dx = dy·W + (dS·Dᵀ) ∘ mask / (1 - p)      dD = x̃ᵀ·dS      dbias = Σ dy
 
-x, dy [M,K], [M,N]; W [N,K]; D [K,r]; U [N,r]. D, U, S and dS are rounded to the branch dtype c (x's unless compute_dtype
-says otherwise) before any product over tokens; gradients leave their accumulator in their parameter's dtype.
+x, dy [M,K], [M,N]; W [N,K]; D [K,r]; U [N,r]. D, U, S and dS are rounded to the branch dtype c (x's unless
+compute_dtype says otherwise) before any product over tokens; gradients leave their accumulator in their parameter's
+dtype.
 
-Two plans for the base GEMM. Native: the branch is written first and torch's GEMM accumulates onto it. Blocks: where the CPU
-has no half GEMM, fp32 casts of row blocks, with one rounding at the end.
+Two plans for the base GEMM. Native: the branch is written first and torch's GEMM accumulates onto it. Blocks: where
+the CPU has no half GEMM, fp32 casts of row blocks, with one rounding at the end.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ import torch
 from torch import Tensor
 
 from neat_kernels.torch_backend.dropout import keep_mask
-from neat_kernels.torch_backend.gemm import casts_blocks, row_blocks, rows_times, transposed_times
+from neat_kernels.torch_backend.gemm import casts_blocks, row_blocks, rows_times, transposed, transposed_times
 from neat_kernels.vocabulary import wide_dtype
 
-# Tokens whose fp32 casts are alive at once in the blocks plan: enough rows for full GEMM speed, few enough for the cache.
+# Tokens whose fp32 casts are alive at once in the blocks plan: enough rows for full GEMM speed, few enough for the
+# cache.
 _TOKEN_BLOCK = 512
 
 
@@ -49,14 +51,16 @@ def forward(
     """y [M,N] in x's dtype and S [M,r] in the branch dtype."""
     c = branch.compute_dtype or x.dtype
     S = _down(x, down.to(c), seed, branch)
-    if casts_blocks(x):
+    if casts_blocks(x.device, x.dtype):
         return _apply_in_blocks(x, weight, bias, S, up.to(c), branch.scaling), S
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if c != x.dtype:
         y = torch.nn.functional.linear(x, weight, bias)
         return _add_wide(y, S, up.to(c).t(), branch.scaling), S
     # alpha inside the product keeps s·S·Uᵀ + bias at one rounding; with beta=0 the zero is never read.
-    y = torch.addmm(x.new_zeros(()) if bias is None else bias, S, up.to(c).t(), beta=bias is not None, alpha=branch.scaling)
+    y = torch.addmm(
+        x.new_zeros(()) if bias is None else bias, S, up.to(c).t(), beta=bias is not None, alpha=branch.scaling
+    )
     return y.addmm_(x, weight.t()), S
 
 
@@ -79,15 +83,15 @@ def backward(
         assert up is not None
         dS = rows_times(dy, up.to(c), wide).mul_(branch.scaling).to(c)
     if needs.dx:
-        assert weight is not None and down is not None
+        assert weight is not None
+        assert down is not None
         dx = _dgrad(dy, weight, dS, down.to(c), seed, branch)
     if needs.ddown is not None:
         assert x is not None
-        ddown = _down_backward(x, dS, seed, branch).to(needs.ddown, memory_format=torch.contiguous_format)
+        ddown = transposed(_down_backward(x, dS, seed, branch), needs.ddown)
     if needs.dup is not None:
         assert S is not None
-        dup = transposed_times(dy, S, wide).mul_(branch.scaling).t()
-        dup = dup.to(needs.dup, memory_format=torch.contiguous_format)
+        dup = transposed(transposed_times(dy, S, wide).mul_(branch.scaling), needs.dup)
     if needs.dbias is not None:
         dbias = dy.sum(0, dtype=wide).to(needs.dbias)
     return dx, ddown, dup, dbias
@@ -116,17 +120,18 @@ def _down(x: Tensor, D: Tensor, seed: Tensor | None, branch: Branch) -> Tensor:
 
 
 def _down_backward(x: Tensor, dS: Tensor, seed: Tensor | None, branch: Branch) -> Tensor:
+    """dDᵀ [r,K]."""
     wide = wide_dtype(x)
     if seed is None:
-        return transposed_times(x, dS, wide).t()
+        return transposed_times(x, dS, wide)
     dD = x.new_zeros((dS.shape[1], x.shape[1]), dtype=wide)
     for rows in _token_blocks(x.shape[0]):
         dD.addmm_(dS[rows].to(wide).t(), _drop_(x[rows].to(wide, copy=True), seed, rows, branch.dropout))
-    return dD.t()
+    return dD
 
 
 def _dgrad(dy: Tensor, weight: Tensor, dS: Tensor, D: Tensor, seed: Tensor | None, branch: Branch) -> Tensor:
-    if casts_blocks(dy):
+    if casts_blocks(dy.device, dy.dtype):
         return _dgrad_in_blocks(dy, weight, dS, D, seed, branch)
     weight = weight.to(dy.dtype)
     if D.dtype != dy.dtype:
@@ -138,7 +143,9 @@ def _dgrad(dy: Tensor, weight: Tensor, dS: Tensor, D: Tensor, seed: Tensor | Non
     return dx.addmm_(dy, weight)
 
 
-def _add_wide(base: Tensor, P: Tensor, Qt: Tensor, scaling: float, seed: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+def _add_wide(
+    base: Tensor, P: Tensor, Qt: Tensor, scaling: float, seed: Tensor | None = None, dropout: float = 0.0
+) -> Tensor:
     """base += scaling·P·Qt with the sum in the branch dtype, wider than base, one block of tokens at a time."""
     for rows in _token_blocks(base.shape[0]):
         product = _drop_(torch.mm(P[rows], Qt).mul_(scaling), seed, rows, dropout)
@@ -146,9 +153,7 @@ def _add_wide(base: Tensor, P: Tensor, Qt: Tensor, scaling: float, seed: Tensor 
     return base
 
 
-def _apply_in_blocks(
-    x: Tensor, weight: Tensor, bias: Tensor | None, S: Tensor, U: Tensor, scaling: float
-) -> Tensor:
+def _apply_in_blocks(x: Tensor, weight: Tensor, bias: Tensor | None, S: Tensor, U: Tensor, scaling: float) -> Tensor:
     y = x.new_empty((x.shape[0], weight.shape[0]))
     Ut = U.float().t()
     for rows in _token_blocks(x.shape[0]):
@@ -156,7 +161,7 @@ def _apply_in_blocks(
         if bias is not None:
             acc.add_(bias)
         wide_x = x[rows].float()
-        for features in row_blocks(*weight.shape, 4):
+        for features in row_blocks(weight.shape[0], weight.shape[1], 4):
             acc[:, features].addmm_(wide_x, _cast_block(weight, features, x.dtype).t())
         y[rows] = acc
     return y
@@ -168,7 +173,7 @@ def _dgrad_in_blocks(dy: Tensor, weight: Tensor, dS: Tensor, D: Tensor, seed: Te
     for rows in _token_blocks(dy.shape[0]):
         acc = _drop_(torch.mm(dS[rows].float(), Dt), seed, rows, branch.dropout)
         wide_dy = dy[rows].float()
-        for features in row_blocks(*weight.shape, 4):
+        for features in row_blocks(weight.shape[0], weight.shape[1], 4):
             acc.addmm_(wide_dy[:, features], _cast_block(weight, features, dy.dtype))
         dx[rows] = acc
     return dx

@@ -1,0 +1,1 @@
+"""Put the layer into a model, take it out again."""

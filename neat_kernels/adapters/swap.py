@@ -1,0 +1,179 @@
+"""Put Neat layers into a model, take them out, or leave plain layers with W + ΔW behind."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import asdict
+from typing import TypeVar
+
+from torch import nn
+
+from neat_kernels.adapters.config import NeatConfig
+from neat_kernels.adapters.match import Target, find_modules_to_save, find_targets
+from neat_kernels.layer import FusedNeatLinear, neat_layers
+
+Model = TypeVar("Model", bound=nn.Module)
+
+# Plain attribute of the adapted model: names of the parameters that were trainable before.
+_BEFORE = "_neat_trainable_before"
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
+def apply_neat(model: Model, config: NeatConfig) -> Model:
+    """Freeze a model and put a Neat layer in the place of every layer that the configuration names.
+
+    The weights are shared, not copied, and keep their names in the state dict; the model computes what it did before
+    until it is trained. Forward and backward hooks of a replaced layer stay with it.
+
+    Args:
+        model: any module with nn.Linear (or transformers' Conv1D) inside; changed in place.
+        config: which layers, and how.
+
+    Returns:
+        The same model. Only the adapters and `modules_to_save` are trainable.
+
+    Raises:
+        ValueError: nothing matches, an entry matches nothing, or a layer cannot be adapted. The model is unchanged
+            then.
+        TypeError: a matched module is no linear layer. The model is unchanged then.
+    """
+    targets = find_targets(model, config)
+    saved = find_modules_to_save(model, config)
+    _check_saved(targets, saved)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    parameters = dict(model.named_parameters())
+    try:
+        layers = [_adapt(target, config) for target in targets]
+    except BaseException:
+        for name, flag in before.items():
+            parameters[name].requires_grad_(flag)
+        raise
+    model.requires_grad_(False)
+    for target, layer in zip(targets, layers, strict=True):
+        for name in target.names:
+            _replace(model, name, layer)
+    for module in saved.values():
+        module.requires_grad_(True)
+    for layer in layers:
+        for p in (layer.neat_A, layer.neat_B, *layer.neat_encoders, *layer.neat_decoders):
+            p.requires_grad_(True)
+    model.__dict__.setdefault(_BEFORE, tuple(name for name, flag in before.items() if flag))
+    return model
+
+
+def remove_neat(model: Model) -> Model:
+    """Put the original modules back, with their weights and the requires_grad flags from before `apply_neat`.
+
+    Args:
+        model: a model with Neat layers inside, merged or not; changed in place.
+
+    Returns:
+        The same model; the adapters are gone.
+
+    Raises:
+        ValueError: the model has no Neat layer.
+    """
+    for names, layer in _neat_layers_by_name(model):
+        linear = layer.plain_linear(layer.base_weight)
+        for name in names:
+            _replace(model, name, linear)
+    for module in model.modules():
+        trainable = module.__dict__.pop(_BEFORE, None)
+        if trainable is not None:
+            for name, p in module.named_parameters():
+                p.requires_grad_(name in trainable)
+    return model
+
+
+def merge_neat(model: Model) -> Model:
+    """Leave plain layers with W + ΔW in the place of the Neat layers, for inference.
+
+    The sum is taken in float32 and rounded once; in bf16 and fp16 whatever of ΔW is below half a unit in the last place
+    of W rounds away. Peak memory is one more weight, not one more model.
+
+    Args:
+        model: a model with Neat layers inside; changed in place.
+
+    Returns:
+        The same model with plain layers.
+
+    Raises:
+        ValueError: the model has no Neat layer, a weight is shared with another module, or a merged weight would not be
+            finite. The model is unchanged then.
+    """
+    layers = _neat_layers_by_name(model)
+    _check_not_tied(model, layers)
+    for _, layer in layers:
+        if not layer.merged:
+            layer.merged_weight()
+    for names, layer in layers:
+        weight = layer.weight if layer.merged else nn.Parameter(layer.merged_weight(), requires_grad=False)
+        linear = layer.plain_linear(weight)
+        for name in names:
+            _replace(model, name, linear)
+    for module in model.modules():
+        module.__dict__.pop(_BEFORE, None)
+    return model
+
+
+def _adapt(target: Target, config: NeatConfig) -> FusedNeatLinear:
+    layer = FusedNeatLinear.from_linear(target.module, **asdict(config.layer_options(target.r)))
+    for name in _HOOKS:
+        # The same dictionaries, so that a handle that a user holds still removes its hook.
+        layer.__dict__[name] = target.module.__dict__[name]
+    return layer
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _check_saved(targets: list[Target], saved: dict[str, nn.Module]) -> None:
+    owners = {id(target.module.weight): target.names[0] for target in targets}
+    for name, module in saved.items():
+        for p in module.parameters():
+            if id(p) in owners:
+                raise ValueError(
+                    f"modules_to_save {name!r} shares its weight with the adapted layer {owners[id(p)]!r}: "
+                    "a frozen weight was expected, got a trainable one"
+                )
+
+
+def _neat_layers_by_name(model: nn.Module) -> list[tuple[list[str], FusedNeatLinear]]:
+    if isinstance(model, FusedNeatLinear):
+        raise ValueError(
+            "expected a model with Neat layers inside, got a single layer: use its merge() or plain_linear()"
+        )
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        names[id(module)].append(name)
+    layers = [(names[id(layer)], layer) for _, layer in neat_layers(model)]
+    if not layers:
+        raise ValueError("expected a model with Neat layers inside, got none")
+    return layers
+
+
+def _check_not_tied(model: nn.Module, layers: list[tuple[list[str], FusedNeatLinear]]) -> None:
+    users: dict[int, list[str]] = defaultdict(list)
+    for name, module in model.named_modules():
+        own = {"weight": module.base_weight} if isinstance(module, FusedNeatLinear) else module._parameters
+        for p in own.values():
+            if p is not None:
+                users[id(p)].append(name or "the model itself")
+    for _, layer in layers:
+        sharing = users[id(layer.base_weight)]
+        if len(sharing) > 1:
+            raise ValueError(
+                f"the weight of {sharing[0]} is tied to {', '.join(sharing[1:])}: merging would change or untie it; "
+                "expected a weight of its own (clone it first)"
+            )

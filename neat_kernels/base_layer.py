@@ -1,0 +1,37 @@
+"""What may be adapted: nn.Linear and GPT-2's Conv1D with a plain floating weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from neat_kernels.vocabulary import HALF_DTYPES
+
+
+def as_matrix(weight: Tensor, transposed: bool) -> Tensor:
+    """W as [N,K]; a Conv1D stores Wᵀ."""
+    return weight.t() if transposed else weight
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is transformers' Conv1D, told without importing transformers."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def adapter_dtype(weight_dtype: torch.dtype) -> torch.dtype:
+    """An adapter's default dtype: the weight's, but float32 over a half weight, where small updates round away."""
+    return torch.float32 if weight_dtype in HALF_DTYPES else weight_dtype
+
+
+def checked_weight(linear: nn.Module) -> nn.Parameter:
+    """The weight of `linear` if it can be adapted; else a TypeError or ValueError: what was expected and what came."""
+    if not (isinstance(linear, nn.Linear) or is_conv1d(linear)):
+        raise TypeError(f"expected nn.Linear or transformers' Conv1D, got {type(linear).__name__}")
+    weight = linear.weight
+    if type(weight) is not nn.Parameter or weight.ndim != 2:
+        raise ValueError(f"expected a weight that is a plain 2-D nn.Parameter, got {type(weight).__name__}")
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        raise ValueError(f"expected a float64, float32, bfloat16 or float16 weight, got {weight.dtype}")
+    if weight.device.type == "meta":
+        raise ValueError("expected a weight that holds data, got one on the meta device: load the model first")
+    return weight

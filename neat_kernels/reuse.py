@@ -1,0 +1,55 @@
+"""The explicit form of feature reuse in training: one features pass for a block of micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from neat_kernels.cache import ReusedFeatures
+from neat_kernels.layer import FusedNeatLinear, neat_layers
+
+
+@contextmanager
+def reuse_features(model: nn.Module) -> Iterator[None]:
+    """Compute the features of every Neat layer in `model` once for all forwards and backwards inside the block.
+
+    For gradient accumulation: dH is collected over the micro-batches and goes through the features' backward once,
+    when the block ends; only then do A and the chain have their gradients. Take no optimizer step inside;
+    DistributedDataParallel does not see these late gradients.
+
+    Args:
+        model: a model with FusedNeatLinear layers, or one such layer.
+
+    Raises:
+        ValueError: `model` has no FusedNeatLinear layer.
+        RuntimeError: blocks are nested, or a parameter changes inside.
+    """
+    layers = [layer for _, layer in neat_layers(model) if not layer.merged]
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "reuse_features() is for training; in inference mode an eval() model caches its features by itself"
+        )
+    if not layers:
+        raise ValueError("expected a model with unmerged FusedNeatLinear layers, got none")
+    if any(layer._reused is not None for layer in layers):
+        raise RuntimeError("reuse_features() blocks cannot be nested")
+    try:
+        for layer in layers:
+            with torch.enable_grad():
+                H = layer._features(layer._matrix())
+            layer._reused = ReusedFeatures.of(H, layer._feature_parameters())
+        yield
+        for layer in layers:
+            _flush(layer)
+    finally:
+        for layer in layers:
+            layer._reused = None
+
+
+def _flush(layer: FusedNeatLinear) -> None:
+    assert layer._reused is not None
+    layer._reused.checked(layer._feature_parameters())
+    layer._reused.flush()
