@@ -162,7 +162,7 @@ def _low_rank_linear_backward_fake(
     dbias_dtype: torch.dtype | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx = ddown = dup = dbias = dy.new_empty(0)
+    dx, ddown, dup, dbias = (dy.new_empty(0) for _ in range(4))
     if need_dx:
         assert weight is not None
         dx = dy.new_empty((dy.shape[0], weight.shape[1]))

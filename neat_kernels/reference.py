@@ -183,5 +183,6 @@ def _rounded(t: Tensor, dtype: torch.dtype) -> Tensor:
 def _round_gradient(t: Tensor, dtype: torch.dtype) -> Tensor:
     if t.requires_grad:
         t = t.view_as(t)
-        t.register_hook(lambda grad: grad.to(dtype).to(grad.dtype))
+        # Forward-over-reverse calls the hook with None where a gradient is zero by structure.
+        t.register_hook(lambda grad: None if grad is None else grad.to(dtype).to(grad.dtype))
     return t

@@ -78,7 +78,7 @@ def backward(
     """dx, ddown, dup and dbias; empty tensors stand for gradients that nobody asked for."""
     c = branch.compute_dtype or dy.dtype
     wide = wide_dtype(dy)
-    dx = ddown = dup = dbias = dy.new_empty(0)
+    dx, ddown, dup, dbias = (dy.new_empty(0) for _ in range(4))
     if needs.dx or needs.ddown is not None:
         assert up is not None
         dS = rows_times(dy, up.to(c), wide).mul_(branch.scaling).to(c)

@@ -1,0 +1,26 @@
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+
+# Deterministic draws: a failing example fails on every machine, not on one run in a hundred.
+settings.register_profile("repo", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repo"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["native", "blocks"])
+def base_gemm(request, monkeypatch):
+    """Run a test on both plans of the CPU's half GEMM, whichever this machine would choose."""
+    from neat_kernels.torch_backend import low_rank
+
+    blocks = request.param == "blocks"
+    monkeypatch.setattr(
+        low_rank, "casts_blocks", lambda device, dtype: blocks and dtype in (torch.float16, torch.bfloat16)
+    )
+    return request.param

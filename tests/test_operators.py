@@ -1,0 +1,139 @@
+"""The registered operators: schemas, fake kernels, autograd and autocast registrations, whatever gradients are asked for."""
+
+import itertools
+
+import pytest
+import torch
+
+import neat_kernels  # noqa: F401
+from neat_kernels.vocabulary import ORIENTATIONS
+
+OPS = torch.ops.neat_kernels
+SEED = torch.tensor([99])
+
+
+def tensors(dtype=torch.float32, requires_grad=True, adapter_dtype=None):
+    shapes = {"x": (6, 9), "bias": (7,), "down": (9, 3), "up": (7, 3)}
+    made = {name: torch.randn(shape, dtype=adapter_dtype or dtype) for name, shape in shapes.items()}
+    made = {name: t.requires_grad_(requires_grad) for name, t in made.items()}
+    for name in ("x", "bias"):
+        made[name] = made[name].detach().to(dtype).requires_grad_(requires_grad)
+    return made, torch.randn(7, 9, dtype=dtype)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_features_pass_opcheck(orientation, depth, weight_dtype):
+    weight = torch.randn(7, 9, dtype=weight_dtype)
+    A = torch.randn(3, 7 if orientation == "out" else 9, requires_grad=True)
+    chain = torch.randn(2 * depth, 3, 3, requires_grad=True) if depth else None
+    torch.library.opcheck(OPS.features.default, (weight, A, chain, orientation, "silu", "torch"))
+
+
+@pytest.mark.parametrize("need_dA", [None, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("need_dchain", [False, True])
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_features_backward_passes_opcheck(orientation, need_dA, need_dchain):
+    rows = 9 if orientation == "out" else 7
+    weight, Z, dH, chain = torch.randn(7, 9), torch.randn(rows, 3), torch.randn(rows, 3), torch.randn(4, 3, 3)
+    torch.library.opcheck(
+        OPS.features_backward.default, (dH, weight, Z, chain, orientation, "gelu", need_dA, need_dchain, "torch")
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("compute_dtype", [None, torch.float32], ids=str)
+def test_low_rank_linear_passes_opcheck(dtype, dropout, compute_dtype):
+    if dtype == torch.float64 and compute_dtype is not None:
+        compute_dtype = torch.float64
+    t, weight = tensors(dtype)
+    seed = SEED if dropout else None
+    torch.library.opcheck(
+        OPS.low_rank_linear.default,
+        (t["x"], weight, t["bias"], t["down"], t["up"], seed, 0.5, dropout, compute_dtype, "torch"),
+        # The gradient comparison of AOT against eager holds bf16 to fp32's tolerance; numbers are tests/test_budget.py's.
+        test_utils=[
+            "test_schema",
+            "test_autograd_registration",
+            "test_faketensor",
+            *(["test_aot_dispatch_dynamic"] if dtype != torch.bfloat16 else []),
+        ],
+    )
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=4)), ids=str)
+def test_low_rank_linear_backward_passes_opcheck(needs):
+    need_dx, need_ddown, need_dup, need_dbias = needs
+    t, weight = tensors(requires_grad=False, adapter_dtype=torch.bfloat16)
+    dtypes = [torch.bfloat16 if need else None for need in (need_ddown, need_dup)]
+    torch.library.opcheck(
+        OPS.low_rank_linear_backward.default,
+        (
+            torch.randn(6, 7),
+            t["x"] if need_ddown else None,
+            weight if need_dx else None,
+            t["down"] if need_dx else None,
+            t["up"] if need_dx or need_ddown else None,
+            torch.randn(6, 3) if need_dup else None,
+            None,
+            0.5,
+            0.0,
+            None,
+            need_dx,
+            *dtypes,
+            torch.float32 if need_dbias else None,
+            "torch",
+        ),
+    )
+
+
+def test_a_trainable_weight_is_refused_by_the_operators_too():
+    t, weight = tensors()
+    weight.requires_grad_()
+    with pytest.raises(RuntimeError, match="requires_grad_\\(False\\)"):
+        OPS.low_rank_linear(t["x"], weight, None, t["down"], t["up"], None, 1.0, 0.0, None, "torch")
+    with pytest.raises(RuntimeError, match="requires_grad_\\(False\\)"):
+        OPS.features(weight, torch.randn(3, 7), None, "out", "relu", "torch")
+
+
+class Calls(torch.utils._python_dispatch.TorchDispatchMode):
+    """Names of this package's operators that ran, with their arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "neat_kernels":
+            self.seen.append((func._opname, args))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("trained", "expected"),
+    [
+        ({"x"}, {"low_rank_linear_backward"}),
+        ({"B"}, {"low_rank_linear_backward"}),
+        ({"A"}, {"low_rank_linear_backward", "features_backward"}),
+        (set(), set()),
+    ],
+    ids=["x", "B", "A", "none"],
+)
+def test_gradients_nobody_asked_for_are_not_computed(trained, expected):
+    leaves = {"x": torch.randn(6, 9), "A": torch.randn(3, 7), "B": torch.randn(7, 3), "bias": torch.randn(7)}
+    for name in trained:
+        leaves[name].requires_grad_()
+    with Calls() as calls:
+        y = neat_kernels.functional.neat_linear(weight=torch.randn(7, 9), **leaves)
+        if trained:
+            y.sum().backward()
+    backward = {name: args for name, args in calls.seen if name.endswith("backward")}
+    assert set(backward) == expected
+    for name in leaves:
+        assert (leaves[name].grad is not None) == (name in trained)
+    if trained:
+        need_dx, ddown, dup, dbias = backward["low_rank_linear_backward"][10:14]
+        asked = {"x": need_dx, "A": ddown is not None, "B": dup is not None, "bias": dbias is not None}
+        assert {name for name, wanted in asked.items() if wanted} == trained
