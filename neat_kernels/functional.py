@@ -187,8 +187,8 @@ def low_rank_linear(
     if x.ndim < 1 or x.shape[-1] != in_features:
         raise ValueError(f"x must be [..., {in_features}] for a weight {tuple(weight.shape)}, got {tuple(x.shape)}")
     _check_factors(weight, down, up, bias)
-    _check_dtypes(x, weight, bias, compute_dtype)
     _check_device(weight.device, x=x, down=down, up=up, bias=bias)
+    _check_dtypes(x, weight, bias, compute_dtype)
     check_scaling(scaling)
     check_dropout(dropout)
     _check_no_tangent(x, weight, down, up, bias)

@@ -2,8 +2,8 @@
 
 err <= 1.5 * err(eager) + u * (8 * |ref| + sqrt(L) * ||P| |Q||)
 
-eager is neat_kernels.reference with the layer's rounding points, u the unit roundoff of the accumulator, L the length of
-the reductions that lead to the result and |P| |Q| the product of absolute values that its last one sums.
+eager is neat_kernels.reference with the layer's rounding points, u the unit roundoff of the accumulator, L the length
+of the reductions that lead to the result and |P| |Q| the product of absolute values that its last one sums.
 """
 
 from dataclasses import dataclass, field

@@ -10,7 +10,15 @@ import neat_kernels as nk
 from neat_kernels.vocabulary import ACTIVATIONS, ORIENTATIONS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-RAGGED = [(1, 1, 1, 1), (1, 17, 5, 3), (13, 7, 131, 8), (37, 127, 3, 16), (64, 48, 80, 33), (5, 4, 6, 11), (600, 31, 29, 4)]
+RAGGED = [
+    (1, 1, 1, 1),
+    (1, 17, 5, 3),
+    (13, 7, 131, 8),
+    (37, 127, 3, 16),
+    (64, 48, 80, 33),
+    (5, 4, 6, 11),
+    (600, 31, 29, 4),
+]
 
 
 def check(case, **more):

@@ -1,4 +1,4 @@
-"""The dropout mask: the published generator, a pure function of (seed, row, column), unbiased, drawn outside the operator."""
+"""The dropout mask: the published generator, a pure function of (seed, row, column), unbiased."""
 
 import pytest
 import torch
@@ -6,13 +6,10 @@ import torch
 import neat_kernels as nk
 from neat_kernels.torch_backend.dropout import draw_seed, keep_mask, philox, threshold
 
-# Known-answer vectors of Philox4x32-10 from the Random123 distribution (kat_vectors), for counters with zero upper words.
-ZERO = (0, 0, 0x6627E8D5)
-
 
 def test_known_answer_of_philox():
-    seed, counter, word = ZERO
-    assert philox(torch.tensor([seed]), torch.tensor([counter])).item() == word
+    # The first known-answer vector of Philox4x32-10 in the Random123 distribution: all words of counter and key zero.
+    assert philox(torch.tensor([0]), torch.tensor([0])).item() == 0x6627E8D5
 
 
 def plain_philox(seed: int, counter: int) -> int:
@@ -56,7 +53,9 @@ def test_dropout_acts_in_training_only_and_follows_the_torch_seed():
     torch.manual_seed(1)
     assert torch.equal(layer(x), first)
     assert not torch.equal(layer(x), first)
-    assert torch.equal(layer.eval()(x), nk.functional.neat_linear(x, layer.weight, layer.neat_A, layer.neat_B, layer.bias))
+    assert torch.equal(
+        layer.eval()(x), nk.functional.neat_linear(x, layer.weight, layer.neat_A, layer.neat_B, layer.bias)
+    )
 
 
 def test_dropout_leaves_the_base_layer_alone():
@@ -79,10 +78,7 @@ def test_recomputation_in_checkpointing_sees_the_same_mask():
     gradients = []
     for checkpointed in (False, True):
         torch.manual_seed(3)
-        if checkpointed:
-            y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
-        else:
-            y = layer(x)
+        y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False) if checkpointed else layer(x)
         gradients.append(torch.autograd.grad(y.square().sum(), [x, layer.neat_A, layer.neat_B]))
     for plain, recomputed in zip(*gradients, strict=True):
         assert torch.equal(plain, recomputed)

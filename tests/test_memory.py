@@ -90,9 +90,11 @@ def test_bytes_saved_for_backward(orientation, depth, mode):
     layer = make(depth, weight_dtype, adapter_dtype, orientation)
     x = torch.randn(TOKENS, IN, dtype=weight_dtype, requires_grad=True)
     counter = SavedBytes([*layer.parameters(), x])
-    with torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda t: t):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            y = layer(x)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda t: t),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
+        y = layer(x)
     branch = 2 if weight_dtype == torch.bfloat16 or autocast else 4
     rows = IN if orientation == "out" else OUT
     S, H, Z, chain = TOKENS * R * branch, rows * R * 4, rows * R * 4, 2 * depth * R * R * 4

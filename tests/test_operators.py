@@ -1,11 +1,11 @@
-"""The registered operators: schemas, fake kernels, autograd and autocast registrations, whatever gradients are asked for."""
+"""The registered operators: schemas, fake kernels and autograd registrations, whatever gradients are asked for."""
 
 import itertools
 
 import pytest
 import torch
 
-import neat_kernels  # noqa: F401
+import neat_kernels
 from neat_kernels.vocabulary import ORIENTATIONS
 
 OPS = torch.ops.neat_kernels
@@ -53,7 +53,7 @@ def test_low_rank_linear_passes_opcheck(dtype, dropout, compute_dtype):
     torch.library.opcheck(
         OPS.low_rank_linear.default,
         (t["x"], weight, t["bias"], t["down"], t["up"], seed, 0.5, dropout, compute_dtype, "torch"),
-        # The gradient comparison of AOT against eager holds bf16 to fp32's tolerance; numbers are tests/test_budget.py's.
+        # AOT's comparison with eager holds bf16 to fp32's tolerance; numbers belong to test_budget.py.
         test_utils=[
             "test_schema",
             "test_autograd_registration",
