@@ -44,7 +44,7 @@ def neat_linear(
 ) -> Tensor:
     """Linear layer with the Neat update of its frozen weight, never formed.
 
-    y = x·(W + s·ΔW)ᵀ + bias;  out: ΔWᵀ = g(Wᵀ·Aᵀ)·Bᵀ;  in: ΔW = g(W·Aᵀ)·Bᵀ
+    y = x·(W + ΔW)ᵀ + bias;  out: ΔWᵀ = s·g(Wᵀ·Aᵀ)·Bᵀ;  in: ΔW = s·g(W·Aᵀ)·Bᵀ
 
     Args:
         x: [..., K], any rank >= 1, in W's dtype (any float dtype under autocast).

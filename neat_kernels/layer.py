@@ -23,7 +23,7 @@ from neat_kernels.vocabulary import COMPUTE_DTYPES, autocast_dtype, check_int, w
 class FusedNeatLinear(nn.Module):
     """Frozen linear layer plus an update that is a small neural network of the frozen weight.
 
-    y = x·(W + s·ΔW)ᵀ + bias;  out: ΔWᵀ = g(Wᵀ·Aᵀ)·Bᵀ;  in: ΔW = g(W·Aᵀ)·Bᵀ;  ΔW is never formed.
+    y = x·(W + ΔW)ᵀ + bias;  out: ΔWᵀ = s·g(Wᵀ·Aᵀ)·Bᵀ;  in: ΔW = s·g(W·Aᵀ)·Bᵀ;  ΔW is never formed.
 
     B starts at zero, so a fresh layer computes exactly what the frozen layer does. `weight` and `bias` are frozen; set
     `layer.bias.requires_grad_(True)` to train the bias.
@@ -220,7 +220,7 @@ class FusedNeatLinear(nn.Module):
         )
 
     def delta_weight(self) -> Tensor:
-        """The update ΔW scaled by s as a matrix, for inspection and tests.
+        """The update ΔW = s·U·Dᵀ as a matrix, for inspection and tests.
 
         Returns:
             [out_features, in_features], float32 (float64 in float64), without a gradient.
@@ -254,7 +254,7 @@ class FusedNeatLinear(nn.Module):
     def merge(self) -> None:
         """Replace `weight` by a parameter that holds W + ΔW, added in float32 and rounded once; W itself is kept.
 
-        In bf16 and fp16 whatever of ΔW is below half a unit in the last place of W rounds away (0.2 % of |W| in bf16).
+        In bf16 and fp16 whatever of ΔW is below half a unit in the last place of W rounds away (0.2 to 0.4 % of |W| in bf16).
 
         Raises:
             RuntimeError: the layer is merged already.
@@ -372,7 +372,7 @@ class FusedNeatLinear(nn.Module):
         # Outside inference mode, so that the cached tensors are ordinary ones and serve later calls in any mode.
         with torch.inference_mode(False), torch.no_grad():
             down, up = self._as_factors(self._features(self._matrix()), self.neat_B.detach())
-            return self._cache.put(parameters, dtype, (down.to(dtype), up.to(dtype)))
+            return self._cache.put(parameters, dtype, (down.to(dtype, copy=True), up.to(dtype, copy=True)))
 
     def _refuse_training_while_merged(self) -> None:
         if self.training and torch.is_grad_enabled() and any(p.requires_grad for p in self._feature_parameters()):

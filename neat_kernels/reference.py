@@ -135,7 +135,7 @@ def neat_linear(
     compute_dtype: torch.dtype | None = None,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """y = x·(W + s·ΔW)ᵀ + bias with ΔW = U·Dᵀ from the features of W; see `neat_features` and `low_rank_linear`.
+    """y = x·(W + ΔW)ᵀ + bias with ΔW = s·U·Dᵀ from the features of W; see `neat_features` and `low_rank_linear`.
 
     Args:
         x: [..., K].

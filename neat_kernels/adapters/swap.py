@@ -39,7 +39,7 @@ def apply_neat(model: Model, config: NeatConfig) -> Model:
         config: which layers, and how.
 
     Returns:
-        The same model. Only the adapters and `modules_to_save` are trainable.
+        The same model. Only the adapters and `modules_to_save` are trainable, those of an earlier call included.
 
     Raises:
         ValueError: nothing matches, an entry matches nothing, or a layer cannot be adapted. The model is unchanged
@@ -57,7 +57,9 @@ def apply_neat(model: Model, config: NeatConfig) -> Model:
         for name, flag in before.items():
             parameters[name].requires_grad_(flag)
         raise
-    model.requires_grad_(False)
+    if not any(True for _ in neat_layers(model)):
+        # A second call, for layers with other options, must not freeze what the first one trains.
+        model.requires_grad_(False)
     for target, layer in zip(targets, layers, strict=True):
         for name in target.names:
             _replace(model, name, layer)
@@ -77,7 +79,7 @@ def remove_neat(model: Model) -> Model:
         model: a model with Neat layers inside, merged or not; changed in place.
 
     Returns:
-        The same model; the adapters are gone.
+        The same model; the adapters are gone. Biases and `modules_to_save` that were trained keep their values.
 
     Raises:
         ValueError: the model has no Neat layer.

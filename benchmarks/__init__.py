@@ -1,0 +1,1 @@
+"""Benchmarks of neat-kernels against what a user would run instead."""

@@ -1,0 +1,161 @@
+"""The registry of layers that are timed against one another. A new contender is one decorated function."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.problem import Problem, Update
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A built contender: the call that is timed, and its trainable parameters by the name of their gradient."""
+
+    forward: Callable[[Tensor], Tensor]
+    trainable: dict[str, nn.Parameter] = field(default_factory=dict)
+
+    @property
+    def adapter_dtype(self) -> str | None:
+        """The dtype that the adapter is kept in, or None without one."""
+        return next((str(p.dtype).removeprefix("torch.") for p in self.trainable.values()), None)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to run the layer.
+
+    Args:
+        name: key in CONTENDERS.
+        label: what tables call it.
+        update: which answer it is held to.
+        build: makes the layer around a copy of the problem's frozen linear.
+        needs: modules that it imports, each with the attributes that it uses.
+        half_only: whether it differs from its sibling only over half-precision weights.
+    """
+
+    name: str
+    label: str
+    update: Update
+    build: Callable[[Problem], Layer]
+    needs: dict[str, tuple[str, ...]]
+    half_only: bool
+
+    def differs_in(self, dtype: str) -> bool:
+        """Whether it is another contender than its sibling over weights of this dtype."""
+        return not (self.half_only and dtype == "float32")
+
+    def unavailable(self) -> str | None:
+        """Why it cannot run here, or None."""
+        for module, attributes in self.needs.items():
+            if importlib.util.find_spec(module) is None:
+                return f"{module} is not installed"
+            loaded = importlib.import_module(module)
+            for attribute in attributes:
+                if not hasattr(loaded, attribute):
+                    return f"{module} {getattr(loaded, '__version__', '')} has no {attribute}"
+        return None
+
+
+CONTENDERS: dict[str, Contender] = {}
+
+
+def _contender(
+    name: str, label: str, update: Update, needs: dict[str, tuple[str, ...]] | None = None, half_only: bool = False
+) -> Callable[[Callable[[Problem], Layer]], Callable[[Problem], Layer]]:
+    def register(build: Callable[[Problem], Layer]) -> Callable[[Problem], Layer]:
+        CONTENDERS[name] = Contender(name, label, update, build, needs or {}, half_only)
+        return build
+
+    return register
+
+
+@_contender("frozen", "frozen nn.Linear", "none")
+def _frozen(problem: Problem) -> Layer:
+    return Layer(_linear(problem))
+
+
+@_contender("neat", "neat-kernels", "neat", {"neat_kernels": ("FusedNeatLinear",)})
+def _neat(problem: Problem) -> Layer:
+    return _fused_neat(problem, None)
+
+
+@_contender("neat_half", "neat-kernels, half adapter", "neat", {"neat_kernels": ("FusedNeatLinear",)}, half_only=True)
+def _neat_half(problem: Problem) -> Layer:
+    return _fused_neat(problem, problem.dtype)
+
+
+@_contender("peft_lora", "PEFT LoRA", "lora", {"peft": ("LoraConfig",)})
+def _peft_lora(problem: Problem) -> Layer:
+    return _stock_lora(problem, autocast_adapter_dtype=True)
+
+
+@_contender("peft_lora_half", "PEFT LoRA, half adapter", "lora", {"peft": ("LoraConfig",)}, half_only=True)
+def _peft_lora_half(problem: Problem) -> Layer:
+    return _stock_lora(problem, autocast_adapter_dtype=False)
+
+
+@_contender("peft_peanut", "PEFT PEANuT", "neat", {"peft": ("PeanutConfig",)})
+def _peft_peanut(problem: Problem) -> Layer:
+    import peft
+
+    config = peft.PeanutConfig(r=problem.shape.r, depth=0, act_fn="relu", scaling=1.0, target_modules=["linear"])
+    layer = _inject(problem, config, autocast_adapter_dtype=True)
+    return _with_adapter(layer, problem, "neat", layer.peanut_A["default"].weight, layer.peanut_B["default"].weight)
+
+
+def _stock_lora(problem: Problem, autocast_adapter_dtype: bool) -> Layer:
+    import peft
+
+    r = problem.shape.r
+    config = peft.LoraConfig(r=r, lora_alpha=r, lora_dropout=0.0, bias="none", target_modules=["linear"])
+    layer = _inject(problem, config, autocast_adapter_dtype)
+    return _with_adapter(layer, problem, "lora", layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+
+
+def _inject(problem: Problem, config: Any, autocast_adapter_dtype: bool) -> Any:
+    """Let PEFT adapt a model of one linear layer and return the layer: the model's own call is not the layer's cost."""
+    import peft
+
+    model = nn.Module()
+    model.linear = _linear(problem)
+    adapted: Any = peft.get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
+    return adapted.base_model.model.linear
+
+
+def _fused_neat(problem: Problem, adapter_dtype: torch.dtype | None) -> Layer:
+    import neat_kernels as nk
+
+    layer = nk.FusedNeatLinear.from_linear(
+        _linear(problem),
+        r=problem.shape.r,
+        orientation="out",
+        depth=0,
+        activation="relu",
+        scaling=1.0,
+        dtype=adapter_dtype,
+    )
+    return _with_adapter(layer, problem, "neat", layer.neat_A, layer.neat_B)
+
+
+def _with_adapter(
+    layer: Callable[[Tensor], Tensor], problem: Problem, update: Update, A: nn.Parameter, B: nn.Parameter
+) -> Layer:
+    with torch.no_grad():
+        for parameter, value in zip((A, B), problem.adapters[update], strict=True):
+            parameter.copy_(value)
+    return Layer(layer, {"dA": A, "dB": B})
+
+
+def _linear(problem: Problem) -> nn.Linear:
+    """A frozen linear with its own copy of the weight: contenders must not keep each other's in cache."""
+    N, K = problem.weight.shape
+    linear = nn.Linear(K, N, device="meta")
+    linear.weight = nn.Parameter(problem.weight.clone(), requires_grad=False)
+    linear.bias = nn.Parameter(problem.bias.clone(), requires_grad=False)
+    return linear

@@ -1,0 +1,114 @@
+#!/usr/bin/env bash
+# Tests and benchmarks on a GPU machine, in named parts of under ten minutes each, without installing anything.
+#
+#   benchmarks/gpu_suite.sh [PART...]      default: every part, in the order below
+#
+#   environment     device, driver, versions
+#   tests-gpu       the tests that need a CUDA device
+#   tests-cpu       all other tests
+#   layer-large     one layer against its peers over fresh processes, shapes bound by arithmetic
+#   layer-small     the same, shapes bound by launches and by reading W
+#   pytest          the pytest-benchmark file
+#
+# PYTHON   the interpreter (default python3)
+# OUT      where the results go (default benchmarks/results/DATE-DEVICE)
+# NEAT_KERNELS_COMMIT   the commit, where the tree was copied without its .git
+#
+# Each part leaves PART.json; suite.log has all output, summary.txt one line per part. The exit status is 1 if a part
+# failed; a part that cannot run here is "skipped", with the reason, and is no failure.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+PARTS=(environment tests-gpu tests-cpu layer-large layer-small pytest)
+LIMIT_S=570
+PYTHON="${PYTHON:-python3}"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+
+die() { echo "gpu_suite: $*" >&2; exit 2; }
+has() { "$PYTHON" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"; }
+
+for part in "$@"; do
+    [[ " ${PARTS[*]} " == *" $part "* ]] || die "expected parts among: ${PARTS[*]}; got '$part'"
+done
+[[ $# -gt 0 ]] || set -- "${PARTS[@]}"
+
+"$PYTHON" -c 'import torch' || die "$PYTHON cannot import torch; set PYTHON to an interpreter that can"
+command -v timeout > /dev/null || die "expected the command 'timeout' (coreutils), found none"
+device="$("$PYTHON" -m benchmarks.provenance name)" || die "the package cannot be imported"
+OUT="${OUT:-benchmarks/results/$(date -u +%Y-%m-%d)-$device}"
+mkdir -p "$OUT" || die "cannot write to $OUT"
+
+gpu=""
+"$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' && gpu=yes
+workers=()
+has xdist && workers=(-n auto)
+output="$(mktemp)"
+trap 'rm -f "$output"' EXIT
+
+# The reason why a part cannot run on this machine, or nothing.
+obstacle() {
+    case "$1" in
+        tests-*)
+            has pytest || { echo "pytest is not installed"; return; }
+            has hypothesis || { echo "hypothesis is not installed"; return; } ;;
+        pytest) has pytest_benchmark || { echo "pytest-benchmark is not installed"; return; } ;;
+    esac
+    case "$1" in tests-gpu | layer-*) [[ -n "$gpu" ]] || echo "no CUDA device" ;; esac
+}
+
+# Set `command` to the command of a part.
+command_of() {
+    case "$1" in
+        environment) command=("$PYTHON" -m benchmarks.provenance) ;;
+        tests-gpu) command=("$PYTHON" -m pytest -m gpu) ;;
+        tests-cpu) command=("$PYTHON" -m pytest -m "not gpu" ${workers[@]+"${workers[@]}"}) ;;
+        layer-*)
+            command=("$PYTHON" -m benchmarks.layer_ratio --device cuda --shapes "gpu-${1#layer-}" --dtypes bfloat16
+                --threads 8 --seconds 1 --limit 500 --output "$OUT/$1.json") ;;
+        pytest) command=("$PYTHON" -m pytest benchmarks --benchmark-json "$OUT/pytest.json") ;;
+    esac
+}
+
+# Run a part; its outcome goes to summary.txt, and to PART.json where the command has written none itself.
+run_part() {
+    local part="$1" outcome rc=0 start=$SECONDS reason
+    rm -f "$OUT/$part.json"
+    reason="$(obstacle "$part")"
+    command_of "$part"
+    echo "=== $part: ${command[*]}"
+    if [[ -n "$reason" ]]; then
+        outcome="skipped: $reason"
+    else
+        timeout --kill-after=10 "$LIMIT_S" "${command[@]}" 2>&1 | tee "$output"
+        rc=${PIPESTATUS[0]}
+        case "$rc" in
+            0) outcome="ok" ;;
+            5) outcome="skipped: pytest selected no test" rc=0 ;;
+            124 | 137) outcome="failed: stopped after $LIMIT_S s" ;;
+            *) outcome="failed: exit status $rc" ;;
+        esac
+        [[ "${command[2]}" != pytest ]] || outcome="$outcome; $(tail -n 1 "$output" | tr -d =)"
+    fi
+    [[ -s "$OUT/$part.json" ]] ||
+        "$PYTHON" -m benchmarks.provenance write "$OUT/$part.json" "$outcome" "${command[@]}" || rc=1
+    printf '%-12s %4d s  %s\n' "$part" "$((SECONDS - start))" "$outcome" >> "$OUT/summary.txt"
+    return "$rc"
+}
+
+main() {
+    local failed=0 module part
+    echo "device: $device; results: $OUT"
+    for module in triton peft transformers typer; do
+        has "$module" || echo "not installed, what needs it is skipped: $module"
+    done
+    : > "$OUT/summary.txt"
+    for part in "$@"; do
+        run_part "$part" || failed=1
+    done
+    echo "=== summary"
+    cat "$OUT/summary.txt"
+    return "$failed"
+}
+
+main "$@" 2>&1 | tee "$OUT/suite.log"
+exit "${PIPESTATUS[0]}"

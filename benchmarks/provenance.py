@@ -1,0 +1,116 @@
+"""Where a result comes from: machine, versions, commit, date, command. Every result file carries it.
+
+python -m benchmarks.provenance                                  print it
+python -m benchmarks.provenance name                             the device's name, fit for a file name
+python -m benchmarks.provenance write FILE OUTCOME COMMAND...    a result file for a command that writes none
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neat_kernels._version import __version__
+
+ROOT = Path(__file__).resolve().parent.parent
+_PACKAGES = ("torch", "triton", "peft", "transformers", "numpy", "pytest", "pytest-benchmark")
+
+
+def provenance(command: str | None = None) -> dict[str, Any]:
+    """The facts that a reader needs to judge or repeat a result.
+
+    Args:
+        command: how the result was made; by default this process's command line.
+
+    Returns:
+        A dict that JSON can hold.
+    """
+    return {
+        "device": gpu_name() or cpu_name(),
+        "cpu": cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_count": os.cpu_count(),
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "cuda": torch.version.cuda,
+        "platform": platform.platform(),
+        "versions": {"python": platform.python_version(), "neat-kernels": __version__, **_versions()},
+        "commit": _commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": command or " ".join(["python", *sys.orig_argv[1:]]),
+    }
+
+
+def gpu_name() -> str | None:
+    """The name of the first CUDA device, or None without one."""
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+
+
+def cpu_name() -> str:
+    """The processor's model name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return _output("sysctl", "-n", "machdep.cpu.brand_string") or platform.processor() or platform.machine()
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` to `path` under a temporary name first, so that a reader never meets half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"torch": torch.__version__}
+    for package in _PACKAGES[1:]:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def _commit() -> str:
+    """The commit, "+changes" if the tree differs from it; NEAT_KERNELS_COMMIT where the tree came without git."""
+    head = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
+    if head is None:
+        return os.environ.get("NEAT_KERNELS_COMMIT", "unknown")
+    return head + ("+changes" if _output("git", "-C", str(ROOT), "status", "--porcelain") else "")
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _main(arguments: list[str]) -> None:
+    if arguments == ["name"]:
+        print(re.sub(r"[^a-z0-9]+", "-", (gpu_name() or cpu_name()).lower()).strip("-"))
+    elif arguments[:1] == ["write"] and len(arguments) > 3:
+        write_json(Path(arguments[1]), {"provenance": provenance(" ".join(arguments[3:])), "outcome": arguments[2]})
+    elif not arguments:
+        print(json.dumps(provenance(), indent=1))
+    else:
+        raise SystemExit(f"expected no argument, 'name', or 'write FILE OUTCOME COMMAND...'; got {arguments}")
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1:])

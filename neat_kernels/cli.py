@@ -1,0 +1,143 @@
+"""The `neat-kernels` command. Everything heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from neat_kernels._version import __version__
+
+app = typer.Typer(
+    name="neat-kernels",
+    help="Fast Neat fine-tuning: see what this machine can run, and fine-tune a real model.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+USAGE, FAILURE = 2, 1
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+def print_version(wanted: bool) -> None:
+    """Print the version and leave."""
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=print_version)
+    ] = False,
+) -> None:
+    """Fast Neat fine-tuning: see what this machine can run, and fine-tune a real model."""
+
+
+@contextmanager
+def told_plainly() -> Iterator[None]:
+    """Turn the errors a user can act on into one message and an exit status."""
+    from neat_kernels.finetune.settings import UsageError
+    from neat_kernels.finetune.train import TrainingError
+
+    try:
+        yield
+    except (UsageError, TrainingError) as error:
+        Console(stderr=True).print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(USAGE if isinstance(error, UsageError) else FAILURE) from error
+
+
+@app.command()
+def env() -> None:
+    """Print versions, devices and backends, and check each backend against float64 on this machine."""
+    from neat_kernels.environment import print_environment, print_self_check
+
+    console = Console()
+    print_environment(console)
+    if not print_self_check(console):
+        raise typer.Exit(FAILURE)
+
+
+def option(help: str, default: str, panel: str, *names: str) -> Any:
+    """An option that is None unless it is given, so that one that nothing would read can be refused."""
+    return typer.Option(*names, help=help, show_default=default, rich_help_panel=panel)
+
+
+DATA, METHODS, TRAINING = "Model and data", "Methods", "Training"
+ACTIVATIONS = "relu, sin2pi, sin, gelu, gelu_tanh, silu, tanh, sigmoid or identity"
+SEVERAL = "several, repeated or in a comma list"
+
+Text = str | None
+Texts = list[str] | None
+Whole = int | None
+Real = float | None
+Place = Path | None
+
+
+@app.command()
+def finetune(
+    model: Annotated[Text, option("Folder or hub id of a text model.", "all-MiniLM-L6-v2, installed", DATA)] = None,
+    data: Annotated[Place, option("Labelled .csv, .jsonl or .parquet file.", "docstrings of libraries", DATA)] = None,
+    text_column: Annotated[Text, option("Column of the text.", "text", DATA)] = None,
+    label_column: Annotated[Text, option("Column of the label.", "label", DATA)] = None,
+    methods: Annotated[
+        Texts, option(f"probe, lora, neat or full; {SEVERAL}, are compared.", "probe,lora,neat", METHODS, "--method")
+    ] = None,
+    r: Annotated[Whole, option("Rank of the adapters.", "8", METHODS, "--r")] = None,
+    depth: Annotated[Whole, option("Neat: pairs of encoder and decoder.", "0", METHODS)] = None,
+    activation: Annotated[Text, option(f"Neat: {ACTIVATIONS}.", "relu", METHODS)] = None,
+    orientation: Annotated[Text, option("Neat: the side of W that A acts on, out or in.", "out", METHODS)] = None,
+    scaling: Annotated[Real, option("Factor of the adapters' update.", "1", METHODS)] = None,
+    target_modules: Annotated[
+        Texts, option(f"Layers to adapt ({SEVERAL}), or all-linear.", "PEFT's choice, such as query,value", METHODS)
+    ] = None,
+    lr: Annotated[Real, option("Learning rate, the same for every method.", "each method's own", TRAINING)] = None,
+    steps: Annotated[Whole, option("Optimizer steps.", "200", TRAINING)] = None,
+    batch_size: Annotated[Whole, option("Texts in a step.", "32", TRAINING)] = None,
+    max_length: Annotated[Whole, option("Tokens read of each text.", "32 of a docstring, else 128", TRAINING)] = None,
+    dtype: Annotated[
+        Text, option("float32; or bfloat16, float16: what trains stays float32.", "float32", TRAINING)
+    ] = None,
+    device: Annotated[Text, option("Such as cpu, cuda or cuda:1.", "an accelerator, else cpu", TRAINING)] = None,
+    seed: Annotated[Whole, option("Seed of head, adapters and batches.", "0", TRAINING)] = None,
+    output: Annotated[Place, option("Folder for the results.", "neat-finetune", TRAINING)] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results of an earlier run.")] = False,
+) -> None:
+    """Fine-tune a pretrained text model as a classifier by several methods, and compare them.
+
+    Without options, MiniLM learns to tell from a docstring which library it was written for; nothing is downloaded.
+    """
+    given = dict(locals())
+    with told_plainly():
+        from neat_kernels.finetune.settings import Settings
+
+        settings = Settings.from_options(given)
+        quiet_libraries()
+        from neat_kernels.finetune.run import run
+
+        run(settings, Console())
+
+
+def quiet_libraries() -> None:
+    """Keep transformers' own bars and notices out of the progress display."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    # PEFT reads an attribute that transformers has renamed.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    # It says that it does for GPT-2 what it has to do.
+    warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False", module="peft")

@@ -1,0 +1,241 @@
+"""Labelled texts: read from a file, cleaned of duplicates, split into training, validation and test."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from neat_kernels.finetune.settings import DATA_SUFFIXES, UsageError
+
+VALIDATION_SHARE = 0.1
+TEST_SHARE = 0.2
+MIN_ROWS_PER_LABEL = 3
+
+Row = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Texts and the index of each one's label."""
+
+    texts: tuple[str, ...]
+    labels: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+@dataclass(frozen=True)
+class TextData:
+    """A classification task.
+
+    Args:
+        source: where it comes from, in words.
+        label_names: name of each label index.
+        train: the split that is trained on.
+        validation: the split measured during training.
+        test: the split measured once, at the end.
+        notes: what was left out, in words.
+    """
+
+    source: str
+    label_names: tuple[str, ...]
+    train: Split
+    validation: Split
+    test: Split
+    notes: tuple[str, ...] = field(default=())
+
+    def sizes(self) -> dict[str, int]:
+        """Number of texts in each split."""
+        return {"train": len(self.train), "validation": len(self.validation), "test": len(self.test)}
+
+
+def load_file(path: Path, text_column: str, label_column: str) -> TextData:
+    """Read a labelled file and split it by a hash of each text, so that the same file always splits alike.
+
+    Args:
+        path: a .csv, .jsonl or .parquet file.
+        text_column: column that holds the text.
+        label_column: column that holds the label (str, int or bool).
+
+    Returns:
+        The task, with repeated texts dropped and every label in every split.
+
+    Raises:
+        UsageError: for an unreadable file, a missing column, an empty text or label, or too few labels or rows.
+    """
+    rows = read_rows(path, text_column, label_column)
+    unique, notes = drop_repeated(rows)
+    return split_rows(unique, source=path.name, validation=VALIDATION_SHARE, test=TEST_SHARE, notes=notes)
+
+
+def read_rows(path: Path, text_column: str, label_column: str) -> list[Row]:
+    """The (text, label) pairs of a file, or UsageError."""
+    if path.suffix.lower() not in DATA_SUFFIXES:
+        raise UsageError(f"--data must end in one of {', '.join(DATA_SUFFIXES)}; got {path.name!r}")
+    if not path.is_file():
+        raise UsageError(f"--data {path} does not exist" if not path.exists() else f"--data {path} is not a file")
+    readers: dict[str, Callable[[Path, tuple[str, str]], Iterator[tuple[int, object, object]]]]
+    readers = {".csv": read_csv, ".jsonl": read_jsonl, ".parquet": read_parquet}
+    try:
+        cells = list(readers[path.suffix.lower()](path, (text_column, label_column)))
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--data {path} must be UTF-8 text: {error}") from error
+    if not cells:
+        raise UsageError(f"--data {path} holds no rows")
+    return [(as_text(path, row, text), as_label(path, row, label)) for row, text, label in cells]
+
+
+def read_csv(path: Path, columns: tuple[str, str]) -> Iterator[tuple[int, object, object]]:
+    """Yield (line number, text, label) of a csv file with a header line."""
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.DictReader(stream, strict=True)
+        try:
+            header = list(reader.fieldnames or ())
+            require_columns(path, columns, header)
+            for cells in reader:
+                if None in cells or None in cells.values():
+                    raise UsageError(f"{path}, line {reader.line_num}: expected {len(header)} cells, as in the header")
+                yield reader.line_num, cells[columns[0]], cells[columns[1]]
+        except csv.Error as error:
+            raise UsageError(f"{path}, line {reader.line_num}: not valid csv: {error}") from error
+
+
+def read_jsonl(path: Path, columns: tuple[str, str]) -> Iterator[tuple[int, object, object]]:
+    """Yield (line number, text, label) of a file with one JSON object a line."""
+    with path.open(encoding="utf-8-sig") as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            try:
+                cells = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UsageError(f"{path}, line {number}: not valid JSON: {error}") from error
+            if not isinstance(cells, dict):
+                raise UsageError(f"{path}, line {number}: expected a JSON object, got {type(cells).__name__}")
+            require_columns(f"{path}, line {number}", columns, list(cells))
+            yield number, cells[columns[0]], cells[columns[1]]
+
+
+def read_parquet(path: Path, columns: tuple[str, str]) -> Iterator[tuple[int, object, object]]:
+    """Yield (row number, text, label) of a parquet file."""
+    try:
+        import pyarrow
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise UsageError("reading .parquet needs pyarrow: pip install pyarrow") from error
+    try:
+        require_columns(path, columns, parquet.read_schema(path).names)
+        table = parquet.read_table(path, columns=list(columns))
+    except pyarrow.ArrowException as error:
+        raise UsageError(f"--data {path} is not a readable parquet file: {error}") from error
+    pairs = zip(table.column(columns[0]).to_pylist(), table.column(columns[1]).to_pylist(), strict=True)
+    for number, (text, label) in enumerate(pairs, start=1):
+        yield number, text, label
+
+
+def require_columns(where: object, columns: Sequence[str], present: list[str]) -> None:
+    """Raise UsageError unless each of `columns` is there exactly once."""
+    for option, name in zip(("--text-column", "--label-column"), columns, strict=True):
+        if present.count(name) != 1:
+            found = "is there twice" if name in present else "is not there"
+            columns_there = ", ".join(map(repr, present)) or "none"
+            raise UsageError(f"{where}: {option} {name!r} {found}; columns are {columns_there}")
+
+
+def as_text(path: Path, row: int, value: object) -> str:
+    """The text of one row, or UsageError if it is none or empty."""
+    if not isinstance(value, str) or not value.strip():
+        got = "an empty text" if isinstance(value, str) else type(value).__name__
+        raise UsageError(f"{path}, row {row}: expected a text, got {got}")
+    return value.strip()
+
+
+def as_label(path: Path, row: int, value: object) -> str:
+    """The label of one row as str, or UsageError if it is empty or of another type."""
+    if not isinstance(value, (str, int)) or not str(value).strip():
+        got = "an empty label" if isinstance(value, str) else f"{type(value).__name__} {value!r}"
+        raise UsageError(f"{path}, row {row}: expected a label (text or integer), got {got}")
+    return str(value).strip()
+
+
+def drop_repeated(rows: Iterable[Row]) -> tuple[list[Row], tuple[str, ...]]:
+    """The rows without repeated texts (the first one stays), and a note on what was dropped."""
+    first: dict[str, str] = {}
+    dropped = conflicting = 0
+    for text, label in rows:
+        if text in first:
+            dropped += 1
+            conflicting += first[text] != label
+        else:
+            first[text] = label
+    note = f"{dropped} repeated texts dropped, {conflicting} of them with a different label than the first"
+    return list(first.items()), (note,) if dropped else ()
+
+
+def split_rows(
+    rows: Sequence[Row], *, source: str, validation: float, test: float, notes: tuple[str, ...] = ()
+) -> TextData:
+    """Split rows into training, validation and test, each with the same share of every label.
+
+    Args:
+        rows: (text, label) pairs without repeated texts.
+        source: where they come from, in words.
+        validation: share of each label for validation.
+        test: share of each label for the test.
+        notes: what was left out before, in words.
+
+    Returns:
+        The task; its order depends on the texts alone.
+
+    Raises:
+        UsageError: if there are fewer than two labels, or a label has fewer than three rows.
+    """
+    by_label: dict[str, list[str]] = defaultdict(list)
+    for text, label in rows:
+        by_label[label].append(text)
+    require_labels(source, {label: len(texts) for label, texts in by_label.items()})
+    names = tuple(sorted(by_label))
+    parts: dict[str, list[tuple[str, int]]] = {"test": [], "validation": [], "train": []}
+    for index, name in enumerate(names):
+        texts = sorted(by_label[name], key=digest)
+        ends = held_out_ends(len(texts), validation, test)
+        for part, chosen in zip(parts, (texts[: ends[0]], texts[ends[0] : ends[1]], texts[ends[1] :]), strict=True):
+            parts[part] += [(text, index) for text in chosen]
+    splits = {part: as_split(pairs) for part, pairs in parts.items()}
+    return TextData(source, names, splits["train"], splits["validation"], splits["test"], notes)
+
+
+def require_labels(source: str, counts: dict[str, int]) -> None:
+    """Raise UsageError unless there are two labels or more with enough rows each."""
+    if len(counts) < 2:
+        raise UsageError(f"{source}: expected at least 2 labels, got {len(counts)} ({', '.join(map(repr, counts))})")
+    few = Counter({label: n for label, n in counts.items() if n < MIN_ROWS_PER_LABEL})
+    if few:
+        label, n = few.most_common()[-1]
+        raise UsageError(
+            f"{source}: expected at least {MIN_ROWS_PER_LABEL} different texts per label; "
+            f"{len(few)} of {len(counts)} labels have fewer, such as {label!r} with {n}"
+        )
+
+
+def held_out_ends(count: int, validation: float, test: float) -> tuple[int, int]:
+    """Where the test part and the validation part end, at least one row in each and one left for training."""
+    test_end = max(1, min(round(count * test), count - 2))
+    return test_end, min(test_end + max(1, round(count * validation)), count - 1)
+
+
+def as_split(pairs: Iterable[tuple[str, int]]) -> Split:
+    """The pairs in an order that mixes the labels and depends on the texts alone."""
+    ordered = sorted(pairs, key=lambda pair: digest(pair[0]))
+    return Split(tuple(text for text, _ in ordered), tuple(label for _, label in ordered))
+
+
+def digest(text: str) -> str:
+    """A hash that orders texts the same way on every machine."""
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,147 @@
+"""The results of a run: a table, a picture and a file of numbers."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from neat_kernels.finetune.files import write_atomically
+from neat_kernels.finetune.train import MethodResult
+
+CURVES = "curves.png"
+RESULTS = "results.json"
+FORMAT = 1
+
+# Okabe and Ito's colours, told apart by readers who are colour-blind.
+COLORS = {"probe": "#7f7f7f", "lora": "#0072B2", "neat": "#D55E00", "full": "#009E73"}
+LABELS = {"probe": "linear probe", "lora": "LoRA", "neat": "Neat", "full": "full"}
+SMOOTHING_SHARE = 0.05
+
+
+def results_table(results: Sequence[MethodResult], tests: int) -> Table:
+    """One row for each method: accuracy on the test split, parameters, time and memory.
+
+    Args:
+        results: the measured methods.
+        tests: number of test texts.
+
+    Returns:
+        A table for the terminal.
+    """
+    table = Table(
+        title=f"Accuracy on {tests:,} test texts",
+        caption="± is the 95 % interval of one accuracy. Peak memory: the most bytes that tensors (weights, optimizer\n"
+        "state, activations, gradients) held at one time, in the step with the largest batch.",
+        caption_justify="left",
+    )
+    table.add_column("method")
+    for column in ("test accuracy", "trainable parameters", "without head", "lr", "ms/step", "tokens/s", "peak memory"):
+        table.add_column(column, justify="right")
+    for result in results:
+        table.add_row(
+            LABELS[result.method],
+            f"{result.test_accuracy:.1%} ± {100 * half_width(result.test_accuracy, tests):.1f}",
+            f"{result.trainable:,}",
+            f"{result.trainable - result.head:,}",
+            f"{result.lr:g}",
+            dash_if_unknown(result.step_ms, ".0f"),
+            dash_if_unknown(result.tokens_per_second, ",.0f"),
+            "–" if result.peak_bytes is None else f"{result.peak_bytes / 2**20:,.0f} MiB",
+        )
+    return table
+
+
+def dash_if_unknown(value: float, form: str) -> str:
+    """The number in the given form, or a dash if it was not measured."""
+    return "–" if math.isnan(value) else format(value, form)
+
+
+def half_width(accuracy: float, tests: int) -> float:
+    """Half of the 95 % interval of a share measured on `tests` texts."""
+    return 1.96 * math.sqrt(accuracy * (1 - accuracy) / tests)
+
+
+def results_json(path: Path, facts: dict[str, Any], results: Sequence[MethodResult], tests: int) -> None:
+    """Write everything that was measured, with what it was measured on."""
+    methods = []
+    for result in results:
+        values = {name: None if is_nan(value) else value for name, value in asdict(result).items()}
+        methods.append(values | {"test_accuracy_half_width_95": half_width(result.test_accuracy, tests)})
+    content = {"format": FORMAT, **facts, "methods": methods}
+    write_atomically(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+
+
+def is_nan(value: object) -> bool:
+    """Whether the value is a float that was not measured."""
+    return isinstance(value, float) and math.isnan(value)
+
+
+def draw_curves(path: Path, results: Sequence[MethodResult], tests: int, title: str) -> None:
+    """Draw training loss, validation accuracy and final test accuracy of each method into a PNG.
+
+    Args:
+        path: the file to write.
+        results: the measured methods.
+        tests: number of test texts.
+        title: what was trained on what.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    loss, validation, test = figure.subplots(1, 3, width_ratios=(5, 5, 3))
+    figure.suptitle(title)
+    for result in results:
+        draw_loss(loss, result)
+        steps, accuracies = zip(*result.validation, strict=True)
+        percent = [100 * accuracy for accuracy in accuracies]
+        validation.plot(steps, percent, "o-", color=COLORS[result.method], label=LABELS[result.method], markersize=4)
+    label_axes(loss, "Training loss", "step", "cross-entropy")
+    label_axes(validation, "Validation accuracy", "step", "%")
+    loss.legend(frameon=False)
+    draw_test(test, results, tests)
+    image = io.BytesIO()
+    FigureCanvasAgg(figure).print_figure(image, format="png", dpi=150)
+    write_atomically(path, image.getvalue())
+
+
+def draw_loss(axes: Any, result: MethodResult) -> None:
+    """Draw the loss of each step faintly, and its running mean."""
+    steps = range(1, len(result.losses) + 1)
+    color = COLORS[result.method]
+    axes.plot(steps, result.losses, color=color, alpha=0.2, linewidth=0.8)
+    axes.plot(steps, running_mean(result.losses), color=color, label=LABELS[result.method], linewidth=1.8)
+
+
+def draw_test(axes: Any, results: Sequence[MethodResult], tests: int) -> None:
+    """Draw the final test accuracies as bars with their 95 % intervals."""
+    for position, result in enumerate(results):
+        accuracy, width = 100 * result.test_accuracy, 100 * half_width(result.test_accuracy, tests)
+        axes.bar(position, accuracy, 0.65, yerr=width, capsize=4, color=COLORS[result.method], ecolor="#333333")
+        axes.text(position, accuracy + width + 1, f"{accuracy:.1f}", ha="center", va="bottom")
+    axes.set_xticks(range(len(results)), [LABELS[result.method] for result in results])
+    axes.set_ylim(0, 105)
+    label_axes(axes, f"Test accuracy, {tests:,} texts", "", "%")
+
+
+def label_axes(axes: Any, title: str, x: str, y: str) -> None:
+    """Give the axes their words, and no more lines than they need."""
+    axes.set_title(title, fontsize=11)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)
+    axes.set_axisbelow(True)
+
+
+def running_mean(values: Sequence[float]) -> list[float]:
+    """The mean of the last values up to each one, over a share of the whole."""
+    span = max(1, round(SMOOTHING_SHARE * len(values)))
+    return [sum(values[max(0, end - span) : end]) / min(end, span) for end in range(1, len(values) + 1)]

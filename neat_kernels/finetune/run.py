@@ -1,0 +1,183 @@
+"""A whole run: look up the model, read the data, train each method, write the results."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from neat_kernels.environment import device_name, versions
+from neat_kernels.finetune.batches import TaskTokens, plan_steps, tokenize
+from neat_kernels.finetune.corpus import load_docstrings
+from neat_kernels.finetune.data import TextData, load_file
+from neat_kernels.finetune.methods import ALL_LINEAR
+from neat_kernels.finetune.model import Pretrained, require_targets
+from neat_kernels.finetune.progress import TerminalProgress
+from neat_kernels.finetune.report import CURVES, RESULTS, draw_curves, results_json, results_table
+from neat_kernels.finetune.settings import Settings, UsageError
+from neat_kernels.finetune.train import MethodResult, train_method
+
+ADAPTER_METHODS = frozenset({"lora", "neat"})
+DOCSTRING_TOKENS, FILE_TOKENS = 32, 128
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything a run needs, looked up and checked before the first step."""
+
+    device: torch.device
+    pretrained: Pretrained
+    targets: tuple[str, ...]
+    data: TextData
+    tokens: TaskTokens
+
+
+def run(settings: Settings, console: Console) -> Path:
+    """Train and compare the chosen methods.
+
+    Args:
+        settings: the run.
+        console: where to tell about it.
+
+    Returns:
+        The folder that now holds the results.
+
+    Raises:
+        UsageError: if something that was asked for cannot be done; nothing has been trained or written then.
+        TrainingError: if a method's loss is no longer finite; nothing has been written then.
+    """
+    prepared = prepare_run(settings, console)
+    print_plan(settings, prepared, console)
+    with TerminalProgress(console) as progress:
+        results = [
+            train_method(
+                method,
+                settings,
+                prepared.pretrained,
+                prepared.targets,
+                prepared.tokens,
+                len(prepared.data.label_names),
+                prepared.device,
+                progress,
+            )
+            for method in settings.methods
+        ]
+    console.print(results_table(results, len(prepared.data.test)))
+    write_results(settings, prepared, results)
+    console.print(f"Curves and results: {settings.output / CURVES}, {settings.output / RESULTS}", soft_wrap=True)
+    return settings.output
+
+
+def prepare_run(settings: Settings, console: Console) -> Prepared:
+    """Look up and check device, output folder, model, targets and data, cheapest first."""
+    device = choose_device(settings.device)
+    check_output(settings.output, settings.overwrite)
+    pretrained = Pretrained.find(settings.model)
+    max_length = choose_max_length(settings, pretrained)
+    targets = choose_targets(settings, pretrained)
+    with console.status("Reading the data") as status:
+        if settings.data is None:
+            data = load_docstrings(lambda library: status.update(f"Reading the docstrings of {library}"))
+        else:
+            data = load_file(settings.data, settings.text_column, settings.label_column)
+        tokens = tokenize(data, pretrained.tokenizer, max_length)
+    plan_steps(len(data.train), settings.batch_size, 1, settings.seed)
+    return Prepared(device, pretrained, targets, data, tokens)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`, or for "auto" the first accelerator there is, else the CPU."""
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator if accelerator is not None else torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--device must be auto or a device that is there, such as cpu; {name!r}: {reason}") from error
+    if device.type == "meta":
+        raise UsageError("--device must be a device that computes; got 'meta'")
+    return device
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Raise UsageError unless results can be written to `output` without replacing others unasked."""
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"--output must be a folder; {output} is a file")
+    there = [name for name in (CURVES, RESULTS) if (output / name).exists()]
+    if there and not overwrite:
+        raise UsageError(f"--output {output} holds {there[0]} of an earlier run: choose another, or add --overwrite")
+    parent = output.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise UsageError(f"--output {output}: {parent} cannot be written to")
+
+
+def choose_max_length(settings: Settings, pretrained: Pretrained) -> int:
+    """How many tokens of each text are read."""
+    longest = pretrained.max_length()
+    if settings.max_length is None:
+        return min(longest, DOCSTRING_TOKENS if settings.data is None else FILE_TOKENS)
+    if settings.max_length > longest:
+        raise UsageError(f"--max-length must be at most {longest} for this model, got {settings.max_length}")
+    return settings.max_length
+
+
+def choose_targets(settings: Settings, pretrained: Pretrained) -> tuple[str, ...]:
+    """The layers that adapters go into: those named, or the default; none if no method puts in any."""
+    if not ADAPTER_METHODS & set(settings.methods):
+        return ()
+    targets = settings.target_modules or pretrained.default_targets()
+    if targets != (ALL_LINEAR,):
+        require_targets(pretrained.module_names, targets)
+    return targets
+
+
+def print_plan(settings: Settings, prepared: Prepared, console: Console) -> None:
+    """Tell what is about to be trained on what."""
+    data, sizes = prepared.data, prepared.data.sizes()
+    splits = ", ".join(f"{size:,} {split}" for split, size in sizes.items())
+    table = Table.grid(padding=(0, 2))
+    table.add_row("model", f"{prepared.pretrained.name} on {device_name(prepared.device)}, {settings.dtype}")
+    table.add_row("data", data.source)
+    table.add_row("", f"{splits}; {len(data.label_names)} labels")
+    cut = f"; {prepared.tokens.cut:.0%} of the texts are longer" if prepared.tokens.cut else ""
+    table.add_row("", f"the first {prepared.tokens.max_length} tokens of each text are read{cut}")
+    if prepared.targets:
+        table.add_row("adapters", f"{', '.join(prepared.targets)}; r={settings.r}")
+    for note in data.notes:
+        table.add_row("note", note)
+    console.print(table, markup=False)
+
+
+def write_results(settings: Settings, prepared: Prepared, results: list[MethodResult]) -> None:
+    """Write the curves, then the numbers: where results.json is, the run is whole."""
+    settings.output.mkdir(parents=True, exist_ok=True)
+    title = f"{prepared.pretrained.name}, {len(prepared.data.label_names)} labels, {len(prepared.data.train):,} texts"
+    draw_curves(settings.output / CURVES, results, len(prepared.data.test), title)
+    facts: dict[str, Any] = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "device": device_name(prepared.device),
+        "threads": torch.get_num_threads(),
+        "model": prepared.pretrained.name,
+        "target_modules": prepared.targets,
+        "data": {
+            "source": prepared.data.source,
+            "labels": prepared.data.label_names,
+            "sizes": prepared.data.sizes(),
+            "notes": prepared.data.notes,
+            "max_length": prepared.tokens.max_length,
+            "cut": prepared.tokens.cut,
+        },
+        "settings": settings.as_dict(),
+    }
+    results_json(settings.output / RESULTS, facts, results, len(prepared.data.test))

@@ -1,0 +1,244 @@
+"""Train one method on one task and measure it."""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from neat_kernels.finetune.batches import Batch, TaskTokens, Tokens, plan_steps
+from neat_kernels.finetune.defaults import HEAD_LEARNING_RATE
+from neat_kernels.finetune.memory import peak_of_step
+from neat_kernels.finetune.methods import count, prepare, trainable_parameters
+from neat_kernels.finetune.model import Pretrained, TextClassifier
+from neat_kernels.finetune.settings import Settings
+
+WEIGHT_DECAY = 0.01
+WARMUP_SHARE = 0.06
+MAX_GRADIENT_NORM = 1.0
+EVALUATIONS = 5
+UNTIMED_STEPS = 3
+EVALUATION_BATCH = 64
+
+
+class TrainingError(RuntimeError):
+    """Training went wrong in a way that more steps cannot mend."""
+
+
+class Progress(Protocol):
+    """What the training loop tells while it runs."""
+
+    def start(self, method: str, steps: int) -> None:
+        """A method begins."""
+
+    def step(self, step: int, loss: float, tokens_per_second: float) -> None:
+        """A training step is done."""
+
+    def evaluated(self, step: int, loss: float, accuracy: float) -> None:
+        """The validation split has been measured."""
+
+
+@dataclass
+class MethodResult:
+    """What one method reached and what it cost.
+
+    Args:
+        method: its name.
+        lr: peak learning rate.
+        trainable: parameters that train, head included.
+        head: parameters of the head alone.
+        losses: training loss of every step.
+        validation: (step, accuracy) pairs.
+        test_accuracy: share of the test split that the final model gets right.
+        step_ms: median time of a training step.
+        tokens_per_second: tokens that are not padding, over all timed steps.
+        peak_bytes: peak of the bytes held in tensors in the step with the most tokens; None where it is not known.
+    """
+
+    method: str
+    lr: float
+    trainable: int
+    head: int
+    losses: list[float] = field(default_factory=list)
+    validation: list[tuple[int, float]] = field(default_factory=list)
+    test_accuracy: float = math.nan
+    step_ms: float = math.nan
+    tokens_per_second: float = math.nan
+    peak_bytes: int | None = None
+
+
+class Trainer:
+    """The state of one method's training: model, optimizer, schedule and the precision it computes in."""
+
+    def __init__(self, model: TextClassifier, method: str, settings: Settings, device: torch.device) -> None:
+        self.model = model
+        self.device = device
+        self.frozen_backbone = method == "probe"
+        self.dtype = getattr(torch, settings.dtype)
+        self.optimizer = torch.optim.AdamW(parameter_groups(model, method, settings), weight_decay=WEIGHT_DECAY)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: warm_up_then_decay(step, settings.steps)
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.last_loss = math.nan
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Mixed precision if a half dtype was asked for."""
+        half = self.dtype != torch.float32
+        return torch.autocast(self.device.type, dtype=self.dtype) if half else nullcontext()
+
+    def train_mode(self) -> None:
+        """Dropout on, except in a backbone of which nothing trains: a probe sees the features as they are."""
+        self.model.train()
+        if self.frozen_backbone:
+            self.model.backbone.eval()
+
+    def step(self, batch: Batch) -> None:
+        """Forward, backward and optimizer on one batch; no gradients are left behind."""
+        with self.autocast():
+            logits = self.model(batch.ids, batch.mask)
+        loss = nn.functional.cross_entropy(logits.float(), batch.labels)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(trainable_parameters(self.model), MAX_GRADIENT_NORM)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.last_loss = loss.item()
+
+    @torch.no_grad()
+    def accuracy(self, tokens: Tokens) -> float:
+        """Share of the texts whose label has the largest logit."""
+        self.model.eval()
+        right = 0
+        with self.autocast():
+            for batch in tokens.in_order_of_length(EVALUATION_BATCH, self.device):
+                right += int((self.model(batch.ids, batch.mask).argmax(-1) == batch.labels).sum())
+        return right / len(tokens)
+
+
+def train_method(
+    method: str,
+    settings: Settings,
+    pretrained: Pretrained,
+    targets: Sequence[str],
+    tokens: TaskTokens,
+    num_labels: int,
+    device: torch.device,
+    progress: Progress,
+) -> MethodResult:
+    """Load the model, train it by one method and measure it; every method sees the same head, batches and order.
+
+    Args:
+        method: probe, lora, neat or full.
+        settings: the run's hyperparameters.
+        pretrained: the model to load.
+        targets: names of the linear layers that adapters go into.
+        tokens: the task.
+        num_labels: number of classes.
+        device: where to train.
+        progress: told about each step and evaluation.
+
+    Returns:
+        The measured result.
+
+    Raises:
+        TrainingError: if the loss is no longer finite.
+    """
+    torch.manual_seed(settings.seed)
+    backbone = prepare(method, pretrained.load(getattr(torch, settings.dtype)), settings, targets)
+    model = TextClassifier(backbone, pretrained.config.hidden_size, num_labels, settings.seed).to(device)
+    torch.manual_seed(settings.seed)
+    trainer = Trainer(model, method, settings, device)
+    head = count(list(model.head.parameters()))
+    result = MethodResult(method, settings.learning_rate(method), count(trainable_parameters(model)), head)
+    progress.start(method, settings.steps)
+    run_steps(trainer, settings, tokens, result, progress)
+    result.test_accuracy = trainer.accuracy(tokens.test)
+    del trainer, model, backbone
+    release_memory(device)
+    return result
+
+
+def run_steps(
+    trainer: Trainer, settings: Settings, tokens: TaskTokens, result: MethodResult, progress: Progress
+) -> None:
+    """The training loop: every step timed, the one with the most tokens traced for memory instead."""
+    plan = plan_steps(len(tokens.train), settings.batch_size, settings.steps, settings.seed)
+    traced = largest_step(plan, tokens.train)
+    every = max(1, math.ceil(settings.steps / EVALUATIONS))
+    seconds: list[float] = []
+    token_counts: list[int] = []
+    trainer.train_mode()
+    for index, rows in enumerate(plan):
+        batch = tokens.train.batch(rows, trainer.device)
+        if index == traced:
+            result.peak_bytes = peak_of_step(partial(trainer.step, batch), trainer.model, trainer.optimizer)
+        else:
+            seconds.append(timed(trainer, batch))
+            token_counts.append(batch.tokens)
+        require_finite(result, index + 1, trainer.last_loss)
+        result.losses.append(trainer.last_loss)
+        progress.step(index + 1, trainer.last_loss, sum(token_counts) / max(sum(seconds), 1e-9))
+        if (index + 1) % every == 0 or index + 1 == settings.steps:
+            result.validation.append((index + 1, trainer.accuracy(tokens.validation)))
+            progress.evaluated(index + 1, statistics.fmean(result.losses[-every:]), result.validation[-1][1])
+            trainer.train_mode()
+    if seconds:
+        skip = min(UNTIMED_STEPS, len(seconds) - 1)
+        result.step_ms = 1e3 * statistics.median(seconds[skip:])
+        result.tokens_per_second = sum(token_counts[skip:]) / sum(seconds[skip:])
+
+
+def parameter_groups(model: TextClassifier, method: str, settings: Settings) -> list[dict[str, Any]]:
+    """The head, with the same learning rate in every method, and what the method trains in the backbone."""
+    backbone = trainable_parameters(model.backbone)
+    if not backbone:
+        return [{"params": list(model.head.parameters()), "lr": settings.learning_rate(method)}]
+    return [
+        {"params": list(model.head.parameters()), "lr": HEAD_LEARNING_RATE},
+        {"params": backbone, "lr": settings.learning_rate(method)},
+    ]
+
+
+def timed(trainer: Trainer, batch: Batch) -> float:
+    """Run one step and return its seconds; its loss is read back, which waits for the device."""
+    start = time.perf_counter()
+    trainer.step(batch)
+    return time.perf_counter() - start
+
+
+def largest_step(plan: Sequence[Sequence[int]], tokens: Tokens) -> int:
+    """The step with the largest padded batch, not the first one, in which the optimizer has no state yet."""
+    sizes = [len(rows) * max(len(tokens.ids[row]) for row in rows) for rows in plan]
+    later = range(1, len(plan)) if len(plan) > 1 else range(1)
+    return max(later, key=sizes.__getitem__)
+
+
+def require_finite(result: MethodResult, step: int, loss: float) -> None:
+    """Raise TrainingError if the loss is NaN or infinite."""
+    if not math.isfinite(loss):
+        raise TrainingError(f"{result.method}: the loss is {loss} at step {step}, lr {result.lr}; try a smaller --lr")
+
+
+def warm_up_then_decay(step: int, steps: int) -> float:
+    """Factor of the learning rate: a linear rise over the first steps, then a linear fall to zero."""
+    warm_up = max(1, round(WARMUP_SHARE * steps))
+    return (step + 1) / warm_up if step < warm_up else max(0.0, (steps - step) / max(1, steps - warm_up))
+
+
+def release_memory(device: torch.device) -> None:
+    """Free what the last method left, so that the next one's peak is its own."""
+    gc.collect()
+    if device.type in ("cuda", "xpu"):
+        getattr(torch, device.type).empty_cache()

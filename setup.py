@@ -1,0 +1,5 @@
+"""The project is described in pyproject.toml; this file lets tools that still call setup.py find it."""
+
+from setuptools import setup
+
+setup()
