@@ -37,7 +37,7 @@ class FeatureCache:
     def __init__(self) -> None:
         self._trusted: tuple[weakref.ref[Tensor], ...] = ()
         self._versions: Versions = ()
-        self._dtype: torch.dtype | None = None
+        self._key: tuple[object, ...] = ()
         self._factors: Factors | None = None
 
     def reset(self, parameters: Iterable[Tensor]) -> None:
@@ -47,11 +47,16 @@ class FeatureCache:
 
     def drop(self) -> None:
         """Drop the factors."""
-        self._factors = None
+        self._factors, self._versions = None, ()
+
+    def forget(self) -> None:
+        """Drop everything, weak references included: torch.utils.swap_tensors refuses tensors that have one."""
+        self.drop()
+        self._trusted = ()
 
     def usable(self, parameters: tuple[Tensor, ...]) -> bool:
         """Whether the cache may be read and written for these parameters, here and now."""
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or _is_traced():
             return False
         if len(parameters) != len(self._trusted) or any(
             ref() is not p for ref, p in zip(self._trusted, parameters, strict=True)
@@ -59,18 +64,28 @@ class FeatureCache:
             return False
         if any(p.is_inference() for p in parameters):
             return False
+        if any(p.grad is not None for p in parameters):
+            # A pending optimizer step may be a fused one, which changes values without a new version (seen in AdamW).
+            self.drop()
+            return False
         return not (parameters[0].is_cuda and torch.cuda.is_current_stream_capturing())
 
-    def get(self, parameters: tuple[Tensor, ...], dtype: torch.dtype) -> Factors | None:
-        """The cached factors if they still hold, else None."""
-        if self._factors is not None and self._dtype == dtype and unchanged(self._versions, parameters):
+    def get(self, parameters: tuple[Tensor, ...], key: tuple[object, ...]) -> Factors | None:
+        """The cached factors if they still hold for these parameters and options, else None."""
+        if self._factors is not None and self._key == key and unchanged(self._versions, parameters):
             return self._factors
         return None
 
-    def put(self, parameters: tuple[Tensor, ...], dtype: torch.dtype, factors: Factors) -> Factors:
-        """Keep `factors` for these parameters and this branch dtype."""
-        self._versions, self._dtype, self._factors = versions(parameters), dtype, factors
+    def put(self, parameters: tuple[Tensor, ...], key: tuple[object, ...], factors: Factors) -> Factors:
+        """Keep `factors` for these parameters and options."""
+        self._versions, self._key, self._factors = versions(parameters), key, factors
         return factors
+
+
+def _is_traced() -> bool:
+    modes = torch._C._TorchDispatchModeKey
+    fake_or_proxy = (torch._C._get_dispatch_mode(mode) for mode in (modes.FAKE, modes.PROXY, modes.FUNCTIONAL))
+    return torch._C._is_tracing() or any(mode is not None for mode in fake_or_proxy)
 
 
 @dataclass

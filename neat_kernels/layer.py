@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from neat_kernels import functional
-from neat_kernels.base_layer import adapter_dtype, as_matrix, checked_weight
+from neat_kernels.base_layer import adapter_dtype, as_matrix, carry_hooks, checked_weight
 from neat_kernels.cache import Factors, FeatureCache, ReusedFeatures
 from neat_kernels.options import LayerOptions
 from neat_kernels.plan import Plan, make_plan
@@ -80,6 +80,7 @@ class FusedNeatLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        _check_dtype(dtype)
         check_int("in_features", in_features, 1)
         check_int("out_features", out_features, 1)
         options = LayerOptions(
@@ -148,11 +149,11 @@ class FusedNeatLinear(nn.Module):
         weight = checked_weight(linear)
         if device is not None and torch.empty(0, device=device).device != weight.device:
             raise ValueError(f"device must be the weight's device {weight.device}, got {device}")
-        if dtype is not None and dtype not in COMPUTE_DTYPES:
-            raise ValueError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype}")
+        _check_dtype(dtype)
         layer = cls.__new__(cls)
         layer._setup(linear, options, dtype or adapter_dtype(weight.dtype))
         layer._hold(_original=linear)
+        carry_hooks(linear, layer)
         return layer.train(linear.training)
 
     def _setup(self, linear: nn.Module, options: LayerOptions, adapter_dtype: torch.dtype | None = None) -> None:
@@ -205,7 +206,7 @@ class FusedNeatLinear(nn.Module):
         if self.merged:
             self._refuse_training_while_merged()
             return F.linear(x, self._matrix(), self.bias)
-        down, up = self._factors(autocast_dtype(x))
+        down, up = self._factors(x)
         return functional.low_rank_linear(
             x,
             self._matrix(),
@@ -226,7 +227,8 @@ class FusedNeatLinear(nn.Module):
             [out_features, in_features], float32 (float64 in float64), without a gradient.
         """
         lora_A, lora_B = self.lora_factors()
-        return lora_B @ lora_A
+        with torch.autocast(lora_A.device.type, enabled=False):
+            return lora_B @ lora_A
 
     @torch.no_grad()
     def lora_factors(self) -> tuple[Tensor, Tensor]:
@@ -254,7 +256,8 @@ class FusedNeatLinear(nn.Module):
     def merge(self) -> None:
         """Replace `weight` by a parameter that holds W + ΔW, added in float32 and rounded once; W itself is kept.
 
-        In bf16 and fp16 whatever of ΔW is below half a unit in the last place of W rounds away (0.2 to 0.4 % of |W| in bf16).
+        In bf16 and fp16 whatever of ΔW is below half a unit in the last place of W rounds away: 0.2 to 0.4 % of |W| in
+        bf16.
 
         Raises:
             RuntimeError: the layer is merged already.
@@ -262,9 +265,10 @@ class FusedNeatLinear(nn.Module):
         """
         if self.merged:
             raise RuntimeError("expected an unmerged layer, got a merged one: call unmerge() first")
-        merged = self.merged_weight()
+        with torch.inference_mode(False):
+            merged = nn.Parameter(self.merged_weight(), requires_grad=False)
         self._hold(_unmerged=self.weight)
-        self.weight = nn.Parameter(merged, requires_grad=False)
+        self.weight = merged
         self.invalidate()
 
     def unmerge(self) -> None:
@@ -290,7 +294,8 @@ class FusedNeatLinear(nn.Module):
         merged = torch.empty_like(self.base_weight)
         source, target = as_matrix(self.base_weight, self.transposed), as_matrix(merged, self.transposed)
         for rows in row_blocks(source.shape[0], source.shape[1], lora_A.element_size()):
-            target[rows] = torch.addmm(source[rows].to(lora_A.dtype), lora_B[rows], lora_A)
+            with torch.autocast(lora_A.device.type, enabled=False):
+                target[rows] = torch.addmm(source[rows].to(lora_A.dtype), lora_B[rows], lora_A)
             if not torch.isfinite(target[rows]).all():
                 raise ValueError("W + ΔW must be finite to be merged, got NaN or infinity: nothing was changed")
         return merged
@@ -301,6 +306,7 @@ class FusedNeatLinear(nn.Module):
         if linear is None:
             linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         linear.weight, linear.bias = weight, self.bias  # type: ignore[assignment]
+        carry_hooks(self, linear)
         return linear.train(self.training)
 
     def invalidate(self) -> None:
@@ -357,22 +363,26 @@ class FusedNeatLinear(nn.Module):
     def _as_factors(self, H: Tensor, B: Tensor) -> Factors:
         return (H, B) if self.orientation == "out" else (B, H)
 
-    def _factors(self, dtype: torch.dtype) -> Factors:
+    def _factors(self, x: Tensor) -> Factors:
         if self._reused is not None:
             return self._as_factors(self._reused.checked(self._feature_parameters()), self.neat_B)
         if self.training or torch.is_grad_enabled():
+            if not torch.compiler.is_compiling():
+                # An optimizer step may follow, and a fused one leaves the version counters as they are.
+                self._cache.drop()
             return self._as_factors(self._features(self._matrix()), self.neat_B)
         parameters = self._feature_parameters()
         if not self._cache.usable(parameters):
             return self._as_factors(self._features(self._matrix()), self.neat_B)
-        branch_dtype = self.compute_dtype or dtype
-        return self._cache.get(parameters, branch_dtype) or self._fill_cache(parameters, branch_dtype)
+        dtype = self.compute_dtype or autocast_dtype(x)
+        key = (dtype, self.orientation, self.activation)
+        return self._cache.get(parameters, key) or self._cache.put(parameters, key, self._detached_factors(dtype))
 
-    def _fill_cache(self, parameters: tuple[Tensor, ...], dtype: torch.dtype) -> Factors:
+    def _detached_factors(self, dtype: torch.dtype) -> Factors:
         # Outside inference mode, so that the cached tensors are ordinary ones and serve later calls in any mode.
         with torch.inference_mode(False), torch.no_grad():
             down, up = self._as_factors(self._features(self._matrix()), self.neat_B.detach())
-            return self._cache.put(parameters, dtype, (down.to(dtype, copy=True), up.to(dtype, copy=True)))
+            return down.to(dtype, copy=True), up.to(dtype, copy=True)
 
     def _refuse_training_while_merged(self) -> None:
         if self.training and torch.is_grad_enabled() and any(p.requires_grad for p in self._feature_parameters()):
@@ -383,6 +393,9 @@ class FusedNeatLinear(nn.Module):
         self.__dict__.update(references)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedNeatLinear:
+        self._cache.forget()
+        if self._reused is not None:
+            self._reused.versions = ()
         super()._apply(fn, recurse)
         if self._unmerged is not None:
             self._unmerged.data = fn(self._unmerged.data)
@@ -399,8 +412,10 @@ class FusedNeatLinear(nn.Module):
         self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool, *rest: Any
     ) -> None:
         if self.merged and any(key.startswith(prefix) for key in state_dict):
-            rest[-1].append(f"{prefix.rstrip('.') or 'layer'} is merged: call unmerge() before load_state_dict()")
-            return
+            raise RuntimeError(
+                f"{prefix.rstrip('.') or 'the layer'} is merged: call unmerge() before load_state_dict()"
+            )
+        self._cache.forget()
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -412,11 +427,16 @@ class FusedNeatLinear(nn.Module):
         self.invalidate()
 
 
+def _check_dtype(dtype: torch.dtype | None) -> None:
+    if dtype is not None and dtype not in COMPUTE_DTYPES:
+        raise ValueError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype}")
+
+
 def _after_load(layer: nn.Module, incompatible_keys: Any) -> None:
     assert isinstance(layer, FusedNeatLinear)
     if layer._original is not None:
         # assign=True puts new parameters in place; the original module must not keep the old ones alive.
-        layer.plain_linear(layer.weight)
+        layer.plain_linear(layer.base_weight)
     layer.invalidate()
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from neat_kernels.cache import ReusedFeatures
-from neat_kernels.layer import FusedNeatLinear, neat_layers
+from neat_kernels.layer import neat_layers
 
 
 @contextmanager
@@ -42,14 +42,12 @@ def reuse_features(model: nn.Module) -> Iterator[None]:
                 H = layer._features(layer._matrix())
             layer._reused = ReusedFeatures.of(H, layer._feature_parameters())
         yield
-        for layer in layers:
-            _flush(layer)
+        waiting = [(layer._reused, layer._feature_parameters()) for layer in layers if layer._reused is not None]
+        # Every layer is checked before the first gradient is written.
+        for reused, parameters in waiting:
+            reused.checked(parameters)
+        for reused, _ in waiting:
+            reused.flush()
     finally:
         for layer in layers:
             layer._reused = None
-
-
-def _flush(layer: FusedNeatLinear) -> None:
-    assert layer._reused is not None
-    layer._reused.checked(layer._feature_parameters())
-    layer._reused.flush()

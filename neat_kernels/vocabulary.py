@@ -30,7 +30,9 @@ def check_int(name: str, value: int, minimum: int) -> None:
 
 
 def check_dropout(value: float) -> None:
-    """Raise ValueError unless 0 <= value < 1."""
+    """Raise unless `value` is a number with 0 <= value < 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"dropout must be a float, got {type(value).__name__}")
     if not 0.0 <= value < 1.0:
         raise ValueError(f"dropout must be in [0, 1), got {value}")
 
@@ -62,6 +64,6 @@ def wide_dtype(*tensors: Tensor) -> torch.dtype:
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype that x computes in: autocast's where it is on (float64 is exempt, as in F.linear), else its own."""
     device = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+    if x.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return x.dtype

@@ -366,6 +366,7 @@ class TestTransformsAndTracers:
             assert torch.equal(graph(x), truth(layer, x))
             assert is_right(layer, x)
 
+    @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
     @pytest.mark.parametrize("warm", [False, True])
     def test_a_jit_trace_records_the_features(self, warm, x):
         layer = make()
@@ -421,9 +422,16 @@ class TestNotSaved:
             with torch.no_grad():
                 assert [feature_passes(other, x) for _ in range(2)] == [1, 0]
                 assert is_right(other, x)
-            assert feature_passes(layer, x) == 1
             with torch.no_grad():
                 assert feature_passes(layer, x) == 0
+
+    def test_a_call_with_gradients_drops_it(self, x):
+        layer = make()
+        with torch.no_grad():
+            layer(x)
+        assert feature_passes(layer, x) == 1
+        with torch.no_grad():
+            assert [feature_passes(layer, x) for _ in range(2)] == [1, 0]
 
     def test_it_is_no_buffer_and_no_child(self, x):
         layer = make()

@@ -10,6 +10,7 @@ from finetune_problem import LABELS, rows, save_model
 
 from neat_kernels.finetune.batches import Tokens, plan_steps, tokenize
 from neat_kernels.finetune.data import split_rows
+from neat_kernels.finetune.defaults import HEAD_LEARNING_RATE
 from neat_kernels.finetune.memory import held_bytes, peak_of_step, traced_peak
 from neat_kernels.finetune.methods import prepare
 from neat_kernels.finetune.model import Pretrained, TextClassifier
@@ -20,6 +21,7 @@ from neat_kernels.finetune.train import (
     Trainer,
     TrainingError,
     largest_step,
+    parameter_groups,
     train_method,
     warm_up_then_decay,
 )
@@ -114,6 +116,20 @@ def test_methods_start_from_the_same_function(bert, tokens):
         logits.append(TextClassifier(backbone, 32, len(LABELS), 5).eval()(batch.ids, batch.mask))
     for other in logits[1:]:
         torch.testing.assert_close(other, logits[0])
+
+
+def test_the_head_trains_at_the_same_rate_beside_every_method(bert, tokens):
+    rates = {}
+    for method in METHODS:
+        backbone = prepare(method, bert.load(torch.float32), SETTINGS, bert.default_targets())
+        model = TextClassifier(backbone, 32, len(LABELS), 0)
+        groups = parameter_groups(model, method, SETTINGS)
+        rates[method] = [group["lr"] for group in groups]
+        grouped = {id(parameter) for group in groups for parameter in group["params"]}
+        assert grouped == {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+        assert groups[0]["params"] == list(model.head.parameters())
+    adapted = [HEAD_LEARNING_RATE, SETTINGS.lr]
+    assert rates == {"probe": [SETTINGS.lr], "lora": adapted, "neat": adapted, "full": adapted}
 
 
 def test_padding_changes_no_logits(bert, tokens):
@@ -259,8 +275,8 @@ def test_an_architecture_without_default_layers_asks_for_names(bert):
 
 def results():
     return [
-        MethodResult("probe", 0.03, 99, 99, [2.0, 1.5, 1.0], [(2, 0.5), (3, 0.6)], 0.625, 10.0, 1e4, 2**24),
-        MethodResult("neat", 0.01, 1099, 99, [2.0, 1.2, 0.7], [(2, 0.6), (3, 0.8)], 0.75),
+        MethodResult("probe", 0.03, 0.03, 99, 99, [2.0, 1.5, 1.0], [(2, 0.5), (3, 0.6)], 0.625, 10.0, 1e4, 2**24),
+        MethodResult("neat", 0.01, 0.03, 1099, 99, [2.0, 1.2, 0.7], [(2, 0.6), (3, 0.8)], 0.75),
     ]
 
 

@@ -1,4 +1,4 @@
-"""FusedNeatLinear as a module: construction, exact no-op, shapes, gradients asked for, copies, checkpoints, refusals."""
+"""FusedNeatLinear as a module: construction, exact no-op, shapes, gradients, copies, checkpoints, refusals."""
 
 import copy
 import io
@@ -588,7 +588,7 @@ class TestRefusals:
             nk.FusedNeatLinear.from_linear(module)
 
     def test_a_neat_layer(self):
-        with pytest.raises(TypeError, match="expected nn.Linear.*got FusedNeatLinear"):
+        with pytest.raises(TypeError, match=r"expected nn.Linear.*got FusedNeatLinear"):
             nk.FusedNeatLinear.from_linear(make())
 
     def test_a_linear_with_a_forward_of_its_own(self):

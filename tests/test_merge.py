@@ -17,7 +17,7 @@ OPTIONS = {"r": 3, "activation": "identity", "scaling": 0.5}
 
 
 def dyadic(*shape):
-    """Multiples of 1/8 in [-2, 2]: products and sums of a few are exact in fp32, while their sum with W needs rounding."""
+    """Multiples of 1/8 in [-2, 2]: products and sums of a few are exact in fp32, but their sum with W is not."""
     return torch.randint(-16, 17, shape).float() / 8
 
 

@@ -1,6 +1,7 @@
-"""apply_neat, remove_neat and the matching of names: what is adapted, what is refused, and that a refusal changes nothing."""
+"""apply_neat, remove_neat and the matching of names: what is adapted, what is refused, what a refusal leaves alone."""
 
 import copy
+from typing import ClassVar
 
 import pytest
 import torch
@@ -99,20 +100,36 @@ def refused(model, target_modules, error, match, **options):
 LAYERS = range(3)
 MATCHES = {
     "suffix": (["q_proj"], {}, [f"layers.{i}.attn.q_proj" for i in LAYERS]),
-    "two suffixes": (["q_proj", "mlp.2"], {}, [n for i in LAYERS for n in (f"layers.{i}.attn.q_proj", f"layers.{i}.mlp.2")]),
+    "two suffixes": (
+        ["q_proj", "mlp.2"],
+        {},
+        [n for i in LAYERS for n in (f"layers.{i}.attn.q_proj", f"layers.{i}.mlp.2")],
+    ),
     "a whole name": (["layers.1.attn.k_proj"], {}, ["layers.1.attn.k_proj"]),
     "a tuple": (("q_proj",), {"layers_to_transform": 0}, ["layers.0.attn.q_proj"]),
     "a set": ({"q_proj"}, {"layers_to_transform": 0}, ["layers.0.attn.q_proj"]),
     "a suffix is no substring": (["lm_head"], {}, ["lm_head"]),
     "regex": (r".*\.[01]\.attn\.[qv]_proj", {}, [f"layers.{i}.attn.{p}_proj" for i in (0, 1) for p in "qv"]),
-    "the regex must match the whole name": (r"layers\.\d\.attn\.o_proj", {}, [f"layers.{i}.attn.o_proj" for i in LAYERS]),
+    "the regex must match the whole name": (
+        r"layers\.\d\.attn\.o_proj",
+        {},
+        [f"layers.{i}.attn.o_proj" for i in LAYERS],
+    ),
     "all-linear in any case": (
         "All-Linear",
         {"exclude_modules": ["o_proj", "k_proj", "v_proj", "experts.0", "experts.1", "mlp.0"]},
         [n for i in LAYERS for n in (f"layers.{i}.attn.q_proj", f"layers.{i}.mlp.2")],
     ),
-    "exclude regex": (["q_proj", "k_proj"], {"exclude_modules": r".*\.[12]\..*"}, ["layers.0.attn.q_proj", "layers.0.attn.k_proj"]),
-    "exclude by whole name": (["q_proj"], {"exclude_modules": ["layers.1.attn.q_proj"]}, ["layers.0.attn.q_proj", "layers.2.attn.q_proj"]),
+    "exclude regex": (
+        ["q_proj", "k_proj"],
+        {"exclude_modules": r".*\.[12]\..*"},
+        ["layers.0.attn.q_proj", "layers.0.attn.k_proj"],
+    ),
+    "exclude by whole name": (
+        ["q_proj"],
+        {"exclude_modules": ["layers.1.attn.q_proj"]},
+        ["layers.0.attn.q_proj", "layers.2.attn.q_proj"],
+    ),
     "one layer": (["q_proj"], {"layers_to_transform": 1}, ["layers.1.attn.q_proj"]),
     "several layers": (["q_proj"], {"layers_to_transform": [0, 2]}, ["layers.0.attn.q_proj", "layers.2.attn.q_proj"]),
     "layers of all-linear": (
@@ -467,7 +484,7 @@ class TestRefusals:
         linear = {name for name, m in Decoder().named_modules() if isinstance(m, nn.Linear)}
         assert set(eval(names)) <= linear
 
-    UNMATCHED = {
+    UNMATCHED: ClassVar = {
         "one of several": ({"target_modules": ["q_proj", "query"]}, "'query' matched no layer"),
         "regex": ({"target_modules": r"layers\.9\..*"}, "matched no layer"),
         "a regex that matches a part": ({"target_modules": "q_proj"}, "matched no layer"),
@@ -484,7 +501,10 @@ class TestRefusals:
         "rank_pattern": ({"target_modules": ["q_proj"], "rank_pattern": {"v_proj": 3}}, "rank_pattern.*v_proj.*none"),
         "modules_to_save": ({"target_modules": ["q_proj"], "modules_to_save": ["lm_haed"]}, "'lm_haed' matched no"),
         "a layer index": ({"target_modules": ["q_proj"], "layers_to_transform": [7]}, "matched no layer"),
-        "one of the layer indices": ({"target_modules": ["q_proj"], "layers_to_transform": [1, 7]}, "layers_to_transform.*7"),
+        "one of the layer indices": (
+            {"target_modules": ["q_proj"], "layers_to_transform": [1, 7]},
+            "layers_to_transform.*7",
+        ),
         "no layer index": ({"target_modules": ["q_proj"], "layers_to_transform": []}, "matched no layer"),
         "layers_pattern": (
             {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "blocks"},
@@ -494,7 +514,7 @@ class TestRefusals:
             {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": ["layers", "blocks"]},
             "layers_pattern.*blocks",
         ),
-    }  # fmt: skip
+    }
 
     @pytest.mark.parametrize("case", UNMATCHED)
     def test_an_entry_that_matches_nothing(self, case):
@@ -505,7 +525,9 @@ class TestRefusals:
         refused(nn.Linear(4, 4), ["weight"], ValueError, "matched no layer")
 
     def test_modules_to_save_that_share_an_adapted_weight(self):
-        refused(Tied(), ["head"], ValueError, "shares its weight with the adapted layer 'head'", modules_to_save=["embed"])
+        refused(
+            Tied(), ["head"], ValueError, "shares its weight with the adapted layer 'head'", modules_to_save=["embed"]
+        )
 
     def test_a_failure_half_way_changes_nothing(self, monkeypatch):
         model, made, make = Decoder(), [], nk.FusedNeatLinear.from_linear.__func__

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -38,8 +39,8 @@ class NeatConfig:
     """
 
     r: int = 16
-    target_modules: Sequence[str] | str | None = None
-    exclude_modules: Sequence[str] | str | None = None
+    target_modules: Collection[str] | str | None = None
+    exclude_modules: Collection[str] | str | None = None
     orientation: str = "out"
     depth: int = 0
     activation: str = "relu"
@@ -47,8 +48,8 @@ class NeatConfig:
     dropout: float = 0.0
     rank_pattern: dict[str, int] = field(default_factory=dict)
     layers_to_transform: Sequence[int] | int | None = None
-    layers_pattern: Sequence[str] | str | None = None
-    modules_to_save: Sequence[str] | None = None
+    layers_pattern: Collection[str] | str | None = None
+    modules_to_save: Collection[str] | None = None
     compute_dtype: torch.dtype | None = None
     backend: str = "auto"
 
@@ -62,6 +63,10 @@ class NeatConfig:
             )
         if isinstance(self.modules_to_save, str):
             raise TypeError(f"modules_to_save must be a list of names, got the string {self.modules_to_save!r}")
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            _check_names(name, getattr(self, name))
+        for pattern in self.rank_pattern:
+            _check_regex("rank_pattern", pattern)
         self._check_layers()
 
     def _check_layers(self) -> None:
@@ -99,3 +104,19 @@ class NeatConfig:
             compute_dtype=self.compute_dtype,
             backend=self.backend,
         )
+
+
+def _check_names(field_name: str, value: Collection[str] | str | None) -> None:
+    if isinstance(value, str):
+        _check_regex(field_name, value)
+        return
+    for name in value or ():
+        if not isinstance(name, str):
+            raise TypeError(f"{field_name} must hold strings, got {name!r} of type {type(name).__name__}")
+
+
+def _check_regex(field_name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{field_name} must be a valid regex, got {pattern!r}: {error}") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -51,10 +51,11 @@ def find_targets(model: nn.Module, config: NeatConfig) -> list[Target]:
     for name in matched:
         module = modules[name]
         if id(module) in targets:
-            targets[id(module)].names.append(name)
             continue
-        _check_adaptable(name, module, modules.get(name.rpartition(".")[0], model))
-        targets[id(module)] = Target(module, [name], _rank(name, config, used_patterns))
+        aliases = [alias for alias in names if modules[alias] is module]
+        for alias in aliases:
+            _check_adaptable(alias, module, modules.get(alias.rpartition(".")[0], model))
+        targets[id(module)] = Target(module, aliases, _rank(name, config, used_patterns))
     if unused := set(config.rank_pattern) - used_patterns:
         raise ValueError(f"rank_pattern {sorted(unused)} matched none of the adapted layers, for example {matched[:5]}")
     return list(targets.values())
@@ -80,7 +81,7 @@ def _matches(entries: Iterable[str], name: str) -> bool:
     return any(name == entry or name.endswith(f".{entry}") for entry in entries)
 
 
-def _selected(entries: Sequence[str] | str, name: str) -> bool:
+def _selected(entries: Collection[str] | str, name: str) -> bool:
     return bool(re.fullmatch(entries, name)) if isinstance(entries, str) else _matches(entries, name)
 
 
@@ -112,16 +113,20 @@ def _in_output_head(name: str, model: nn.Module, modules: dict[str, nn.Module]) 
 
 
 def _layer_selected(name: str, config: NeatConfig) -> bool:
-    indices = config.layer_indices()
-    if not indices:
-        return config.layers_to_transform is None
+    if config.layers_to_transform is None:
+        return True
+    return any(_layer_index(name, pattern) in config.layer_indices() for pattern in _layer_patterns(config))
+
+
+def _layer_patterns(config: NeatConfig) -> tuple[str, ...]:
     patterns = config.layers_pattern or r"[^.]*"
-    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
-        # The lazy prefix finds the first number, the layer index, not that of an expert inside the layer.
-        match = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name)
-        if match:
-            return int(match.group(1)) in indices
-    return False
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+def _layer_index(name: str, pattern: str) -> int | None:
+    # The lazy prefix finds the first number, the layer index, not that of an expert inside the layer.
+    match = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name)
+    return int(match.group(1)) if match else None
 
 
 def _rank(name: str, config: NeatConfig, used: set[str]) -> int:
@@ -147,12 +152,25 @@ def _check_entries_used(
         if not matched:
             raise ValueError(
                 f"target_modules {list(targets or ())} matched no layer once exclude_modules, modules_to_save and "
-                f"layers_to_transform were applied; nearest names: {_nearest((targets or ('',))[0], linear)}"
+                f"layers_to_transform were applied; nearest names: {_nearest(next(iter(targets or ('',))), linear)}"
             )
+    _check_layers_used(matched, config)
     exclude = config.exclude_modules or ()
     for entry in (exclude,) if isinstance(exclude, str) else exclude:
         if not any(_selected(exclude if isinstance(exclude, str) else (entry,), name) for name in names):
             raise ValueError(f"exclude_modules {entry!r} matched no module; nearest names: {_nearest(entry, linear)}")
+
+
+def _check_layers_used(matched: list[str], config: NeatConfig) -> None:
+    found = {
+        pattern: {index for name in matched if (index := _layer_index(name, pattern)) is not None}
+        for pattern in _layer_patterns(config)
+    }
+    if config.layers_pattern and (unused := [pattern for pattern, indices in found.items() if not indices]):
+        raise ValueError(f"layers_pattern {unused} matched none of the adapted layers, for example {matched[:5]}")
+    known = set[int]().union(*found.values())
+    if missing := [index for index in config.layer_indices() if index not in known]:
+        raise ValueError(f"layers_to_transform {missing} matched no layer; adapted are {sorted(known)}")
 
 
 def _nearest(entry: str, names: Iterable[str]) -> list[str]:
@@ -177,11 +195,3 @@ def _check_adaptable(name: str, module: nn.Module, parent: nn.Module) -> None:
         checked_weight(module)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name} cannot be adapted: {error}") from None
-    if not is_conv1d(module) and type(module).forward is not nn.Linear.forward:
-        raise TypeError(
-            f"{name} cannot be adapted: {type(module).__name__} has a forward of its own, which would be lost"
-        )
-    if "forward" in vars(module):
-        raise TypeError(
-            f"{name} cannot be adapted: its forward was replaced on the instance (a dispatch hook?) and would be lost"
-        )

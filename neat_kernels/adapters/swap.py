@@ -16,16 +16,6 @@ Model = TypeVar("Model", bound=nn.Module)
 
 # Plain attribute of the adapted model: names of the parameters that were trainable before.
 _BEFORE = "_neat_trainable_before"
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
 
 
 def apply_neat(model: Model, config: NeatConfig) -> Model:
@@ -52,7 +42,9 @@ def apply_neat(model: Model, config: NeatConfig) -> Model:
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     parameters = dict(model.named_parameters())
     try:
-        layers = [_adapt(target, config) for target in targets]
+        layers = [
+            FusedNeatLinear.from_linear(target.module, **asdict(config.layer_options(target.r))) for target in targets
+        ]
     except BaseException:
         for name, flag in before.items():
             parameters[name].requires_grad_(flag)
@@ -117,7 +109,9 @@ def merge_neat(model: Model) -> Model:
     for _, layer in layers:
         if not layer.merged:
             layer.merged_weight()
-    for names, layer in layers:
+    while layers:
+        # Nothing here may keep a replaced layer alive, or every W would stay beside every W + ΔW.
+        names, layer = layers.pop()
         weight = layer.weight if layer.merged else nn.Parameter(layer.merged_weight(), requires_grad=False)
         linear = layer.plain_linear(weight)
         for name in names:
@@ -125,14 +119,6 @@ def merge_neat(model: Model) -> Model:
     for module in model.modules():
         module.__dict__.pop(_BEFORE, None)
     return model
-
-
-def _adapt(target: Target, config: NeatConfig) -> FusedNeatLinear:
-    layer = FusedNeatLinear.from_linear(target.module, **asdict(config.layer_options(target.r)))
-    for name in _HOOKS:
-        # The same dictionaries, so that a handle that a user holds still removes its hook.
-        layer.__dict__[name] = target.module.__dict__[name]
-    return layer
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

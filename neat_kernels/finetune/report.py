@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.table import Table
 
+from neat_kernels.finetune.defaults import HEAD_LEARNING_RATE
 from neat_kernels.finetune.files import write_atomically
 from neat_kernels.finetune.train import MethodResult
 
@@ -37,7 +38,8 @@ def results_table(results: Sequence[MethodResult], tests: int) -> Table:
     """
     table = Table(
         title=f"Accuracy on {tests:,} test texts",
-        caption="± is the 95 % interval of one accuracy. Peak memory: the most bytes that tensors (weights, optimizer\n"
+        caption=f"lr: of what trains in the model; the head beside it has {HEAD_LEARNING_RATE:g}.\n"
+        "± is the 95 % interval of one accuracy. Peak memory: the most bytes that tensors (weights, optimizer\n"
         "state, activations, gradients) held at one time, in the step with the largest batch.",
         caption_justify="left",
     )

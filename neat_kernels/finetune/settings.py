@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from neat_kernels.finetune.defaults import LEARNING_RATES
+from neat_kernels.finetune.defaults import HEAD_LEARNING_RATE, LEARNING_RATES
 
 METHODS = tuple(LEARNING_RATES)
 DTYPES = ("float32", "bfloat16", "float16")
@@ -107,6 +107,10 @@ class Settings:
     def learning_rate(self, method: str) -> float:
         """The learning rate that `method` trains with."""
         return LEARNING_RATES[method] if self.lr is None else self.lr
+
+    def head_learning_rate(self, method: str) -> float:
+        """The learning rate of the head: the same beside every method, unless the head is all that trains."""
+        return self.learning_rate(method) if method == "probe" else HEAD_LEARNING_RATE
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain values for JSON."""

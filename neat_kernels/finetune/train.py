@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from neat_kernels.finetune.batches import Batch, TaskTokens, Tokens, plan_steps
-from neat_kernels.finetune.defaults import HEAD_LEARNING_RATE
 from neat_kernels.finetune.memory import peak_of_step
 from neat_kernels.finetune.methods import count, prepare, trainable_parameters
 from neat_kernels.finetune.model import Pretrained, TextClassifier
@@ -53,7 +52,8 @@ class MethodResult:
 
     Args:
         method: its name.
-        lr: peak learning rate.
+        lr: peak learning rate of what trains in the model; the probe's is the head's.
+        head_lr: peak learning rate of the head.
         trainable: parameters that train, head included.
         head: parameters of the head alone.
         losses: training loss of every step.
@@ -66,6 +66,7 @@ class MethodResult:
 
     method: str
     lr: float
+    head_lr: float
     trainable: int
     head: int
     losses: list[float] = field(default_factory=list)
@@ -160,8 +161,13 @@ def train_method(
     model = TextClassifier(backbone, pretrained.config.hidden_size, num_labels, settings.seed).to(device)
     torch.manual_seed(settings.seed)
     trainer = Trainer(model, method, settings, device)
-    head = count(list(model.head.parameters()))
-    result = MethodResult(method, settings.learning_rate(method), count(trainable_parameters(model)), head)
+    result = MethodResult(
+        method,
+        lr=settings.learning_rate(method),
+        head_lr=settings.head_learning_rate(method),
+        trainable=count(trainable_parameters(model)),
+        head=count(list(model.head.parameters())),
+    )
     progress.start(method, settings.steps)
     run_steps(trainer, settings, tokens, result, progress)
     result.test_accuracy = trainer.accuracy(tokens.test)
@@ -201,14 +207,10 @@ def run_steps(
 
 
 def parameter_groups(model: TextClassifier, method: str, settings: Settings) -> list[dict[str, Any]]:
-    """The head, with the same learning rate in every method, and what the method trains in the backbone."""
+    """The head and what the method trains in the backbone, each with its own learning rate."""
+    head = {"params": list(model.head.parameters()), "lr": settings.head_learning_rate(method)}
     backbone = trainable_parameters(model.backbone)
-    if not backbone:
-        return [{"params": list(model.head.parameters()), "lr": settings.learning_rate(method)}]
-    return [
-        {"params": list(model.head.parameters()), "lr": HEAD_LEARNING_RATE},
-        {"params": backbone, "lr": settings.learning_rate(method)},
-    ]
+    return [head, {"params": backbone, "lr": settings.learning_rate(method)}] if backbone else [head]
 
 
 def timed(trainer: Trainer, batch: Batch) -> float:

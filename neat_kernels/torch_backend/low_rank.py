@@ -7,8 +7,9 @@ x, dy [M,K], [M,N]; W [N,K]; D [K,r]; U [N,r]. D, U, S and dS are rounded to the
 compute_dtype says otherwise) before any product over tokens; gradients leave their accumulator in their parameter's
 dtype.
 
-Two plans for the base GEMM. Native: the branch is written first and torch's GEMM accumulates onto it. Blocks: where
-the CPU has no half GEMM, fp32 casts of row blocks, with one rounding at the end.
+Two plans for the base GEMM. Native: the branch is written first, in x's dtype, and torch's GEMM accumulates onto it; in
+half precision that rounds the branch once more than the reference does. Blocks: where the CPU has no half GEMM, fp32
+casts of row blocks, with one rounding at the end.
 """
 
 from __future__ import annotations
