@@ -36,8 +36,9 @@ $(STAMP): pyproject.toml setup.py constraints.txt neat_kernels/_version.py
 demo: $(STAMP)
 	$(BIN)/neat-kernels finetune --output demo-output --overwrite
 
+# Two processes of one thread each: torch's threads would otherwise wait for one another on a machine of two cores.
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -50,7 +51,7 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	mkdir -p bench-output
-	$(BIN)/python -m benchmarks.layer_ratio --output bench-output/layer_ratio.json
+	$(BIN)/python -m benchmarks.layer_ratio --limit 420 --output bench-output/layer_ratio.json
 	$(BIN)/python -m pytest benchmarks --benchmark-json bench-output/pytest_benchmark.json
 
 clean:

@@ -7,12 +7,16 @@ values without changing identity or version.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 Factors = tuple[Tensor, Tensor]
 Versions = tuple[tuple["weakref.ref[Tensor]", int], ...]
@@ -31,23 +35,42 @@ def unchanged(before: Versions, tensors: Iterable[Tensor]) -> bool:
     )
 
 
+class _OptimizerSteps:
+    """How many optimizer steps this process has taken since it first cached features."""
+
+    count = 0
+
+    @staticmethod
+    @functools.cache
+    def watch() -> None:
+        """Start counting, once: fused optimizers change values without a new version, so a cache must hear of steps."""
+        register_optimizer_step_post_hook(_OptimizerSteps._add)
+
+    @staticmethod
+    def _add(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _OptimizerSteps.count += 1
+
+
 class FeatureCache:
-    """The detached factors D and U of one layer, valid for the parameters and branch dtype they were made from."""
+    """The detached factors D and U of one layer, valid for the parameters and options they were made from."""
 
     def __init__(self) -> None:
         self._trusted: tuple[weakref.ref[Tensor], ...] = ()
-        self._versions: Versions = ()
-        self._key: tuple[object, ...] = ()
-        self._factors: Factors | None = None
+        self._entry: tuple[Versions, tuple[object, ...], Factors] | None = None
 
     def reset(self, parameters: Iterable[Tensor]) -> None:
         """Drop the factors and trust exactly `parameters` from now on."""
         self.drop()
         self._trusted = tuple(weakref.ref(p) for p in parameters if type(p) is nn.Parameter)
 
+    @property
+    def factors(self) -> Factors | None:
+        """What is cached, valid or not."""
+        return None if self._entry is None else self._entry[2]
+
     def drop(self) -> None:
         """Drop the factors."""
-        self._factors, self._versions = None, ()
+        self._entry = None
 
     def forget(self) -> None:
         """Drop everything, weak references included: torch.utils.swap_tensors refuses tensors that have one."""
@@ -64,21 +87,19 @@ class FeatureCache:
             return False
         if any(p.is_inference() for p in parameters):
             return False
-        if any(p.grad is not None for p in parameters):
-            # A pending optimizer step may be a fused one, which changes values without a new version (seen in AdamW).
-            self.drop()
-            return False
         return not (parameters[0].is_cuda and torch.cuda.is_current_stream_capturing())
 
-    def get(self, parameters: tuple[Tensor, ...], key: tuple[object, ...]) -> Factors | None:
+    def get(self, parameters: tuple[Tensor, ...], options: tuple[object, ...]) -> Factors | None:
         """The cached factors if they still hold for these parameters and options, else None."""
-        if self._factors is not None and self._key == key and unchanged(self._versions, parameters):
-            return self._factors
-        return None
+        if self._entry is None:
+            return None
+        before, key, factors = self._entry
+        return factors if key == (_OptimizerSteps.count, *options) and unchanged(before, parameters) else None
 
-    def put(self, parameters: tuple[Tensor, ...], key: tuple[object, ...], factors: Factors) -> Factors:
+    def put(self, parameters: tuple[Tensor, ...], options: tuple[object, ...], factors: Factors) -> Factors:
         """Keep `factors` for these parameters and options."""
-        self._versions, self._key, self._factors = versions(parameters), key, factors
+        _OptimizerSteps.watch()
+        self._entry = versions(parameters), (_OptimizerSteps.count, *options), factors
         return factors
 
 
@@ -110,6 +131,10 @@ class ReusedFeatures:
                 "leave the block before optimizer.step() or load_state_dict()"
             )
         return self.leaf
+
+    def invalidate(self) -> None:
+        """Make every further use raise: values changed in a way that leaves identity and version alone."""
+        self.versions = ()
 
     def flush(self) -> None:
         """Carry the collected dH through the features' backward into the gradients of A and the chain."""

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from neat_kernels import functional
-from neat_kernels.base_layer import adapter_dtype, as_matrix, carry_hooks, checked_weight
+from neat_kernels.base_layer import adapter_dtype, as_matrix, checked_weight
 from neat_kernels.cache import Factors, FeatureCache, ReusedFeatures
 from neat_kernels.options import LayerOptions
 from neat_kernels.plan import Plan, make_plan
-from neat_kernels.torch_backend.gemm import row_blocks
+from neat_kernels.torch_backend.gemm import ieee_fp32, row_blocks
 from neat_kernels.vocabulary import COMPUTE_DTYPES, autocast_dtype, check_int, wide_dtype
 
 
@@ -153,7 +153,6 @@ class FusedNeatLinear(nn.Module):
         layer = cls.__new__(cls)
         layer._setup(linear, options, dtype or adapter_dtype(weight.dtype))
         layer._hold(_original=linear)
-        carry_hooks(linear, layer)
         return layer.train(linear.training)
 
     def _setup(self, linear: nn.Module, options: LayerOptions, adapter_dtype: torch.dtype | None = None) -> None:
@@ -227,7 +226,7 @@ class FusedNeatLinear(nn.Module):
             [out_features, in_features], float32 (float64 in float64), without a gradient.
         """
         lora_A, lora_B = self.lora_factors()
-        with torch.autocast(lora_A.device.type, enabled=False):
+        with torch.autocast(lora_A.device.type, enabled=False), ieee_fp32(lora_A.device):
             return lora_B @ lora_A
 
     @torch.no_grad()
@@ -294,7 +293,7 @@ class FusedNeatLinear(nn.Module):
         merged = torch.empty_like(self.base_weight)
         source, target = as_matrix(self.base_weight, self.transposed), as_matrix(merged, self.transposed)
         for rows in row_blocks(source.shape[0], source.shape[1], lora_A.element_size()):
-            with torch.autocast(lora_A.device.type, enabled=False):
+            with torch.autocast(lora_A.device.type, enabled=False), ieee_fp32(lora_A.device):
                 target[rows] = torch.addmm(source[rows].to(lora_A.dtype), lora_B[rows], lora_A)
             if not torch.isfinite(target[rows]).all():
                 raise ValueError("W + ΔW must be finite to be merged, got NaN or infinity: nothing was changed")
@@ -306,7 +305,6 @@ class FusedNeatLinear(nn.Module):
         if linear is None:
             linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         linear.weight, linear.bias = weight, self.bias  # type: ignore[assignment]
-        carry_hooks(self, linear)
         return linear.train(self.training)
 
     def invalidate(self) -> None:
@@ -367,9 +365,6 @@ class FusedNeatLinear(nn.Module):
         if self._reused is not None:
             return self._as_factors(self._reused.checked(self._feature_parameters()), self.neat_B)
         if self.training or torch.is_grad_enabled():
-            if not torch.compiler.is_compiling():
-                # An optimizer step may follow, and a fused one leaves the version counters as they are.
-                self._cache.drop()
             return self._as_factors(self._features(self._matrix()), self.neat_B)
         parameters = self._feature_parameters()
         if not self._cache.usable(parameters):
@@ -395,7 +390,7 @@ class FusedNeatLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedNeatLinear:
         self._cache.forget()
         if self._reused is not None:
-            self._reused.versions = ()
+            self._reused.invalidate()
         super()._apply(fn, recurse)
         if self._unmerged is not None:
             self._unmerged.data = fn(self._unmerged.data)

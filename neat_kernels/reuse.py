@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from neat_kernels.cache import ReusedFeatures
-from neat_kernels.layer import neat_layers
+from neat_kernels.layer import FusedNeatLinear, neat_layers
 
 
 @contextmanager
@@ -17,8 +21,9 @@ def reuse_features(model: nn.Module) -> Iterator[None]:
     """Compute the features of every Neat layer in `model` once for all forwards and backwards inside the block.
 
     For gradient accumulation: dH is collected over the micro-batches and goes through the features' backward once,
-    when the block ends; only then do A and the chain have their gradients. Take no optimizer step inside;
-    DistributedDataParallel does not see these late gradients.
+    when the block ends; only then do A and the chain have their gradients. Take no optimizer step inside, and no
+    zero_grad(), which would clear B's gradient but not the collected dH. DistributedDataParallel does not see these
+    late gradients.
 
     Args:
         model: a model with FusedNeatLinear layers, or one such layer.
@@ -36,6 +41,7 @@ def reuse_features(model: nn.Module) -> Iterator[None]:
         raise ValueError("expected a model with unmerged FusedNeatLinear layers, got none")
     if any(layer._reused is not None for layer in layers):
         raise RuntimeError("reuse_features() blocks cannot be nested")
+    steps = register_optimizer_step_post_hook(functools.partial(_invalidate_stepped, layers))
     try:
         for layer in layers:
             with torch.enable_grad():
@@ -49,5 +55,16 @@ def reuse_features(model: nn.Module) -> Iterator[None]:
         for reused, _ in waiting:
             reused.flush()
     finally:
+        steps.remove()
         for layer in layers:
             layer._reused = None
+
+
+def _invalidate_stepped(
+    layers: list[FusedNeatLinear], optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    # Fused optimizers change values without a new version.
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for layer in layers:
+        if layer._reused is not None and any(id(p) in stepped for p in layer._feature_parameters()):
+            layer._reused.invalidate()

@@ -8,6 +8,10 @@ from hypothesis import settings
 settings.register_profile("repo", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repo"))
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores: with torch's default each would spin on all of them (516 s instead of 63 on two cores).
+    torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _seeded():

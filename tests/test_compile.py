@@ -236,7 +236,7 @@ class TestExport:
             for n in (5, 9):
                 x = torch.randn(n, 12, dtype=DOUBLE)
                 assert torch.equal(program.module()(x), layer(x))
-            assert (layer._cache._factors is None) or type(layer._cache._factors[0]) is torch.Tensor
+            assert (layer._cache.factors is None) or type(layer._cache.factors[0]) is torch.Tensor
 
     def test_parameters_stay_inputs(self):
         layer = make().eval()

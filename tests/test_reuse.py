@@ -278,10 +278,11 @@ class TestWork:
 
 
 class TestRefusals:
+    @pytest.mark.parametrize("fused", [False, True])
     @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
-    def test_an_optimizer_step_inside(self, optimizer, batches):
+    def test_an_optimizer_step_inside(self, optimizer, fused, batches):
         model = make()
-        optimizer = optimizer([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        optimizer = optimizer([p for p in model.parameters() if p.requires_grad], lr=0.1, fused=fused)
         with pytest.raises(RuntimeError, match="changed inside"), nk.reuse_features(model):
             accumulate(model, batches[:1])
             optimizer.step()
@@ -289,9 +290,10 @@ class TestRefusals:
             pytest.fail("the stale forward ran")
         model(batches[0])
 
-    def test_a_step_at_the_end_of_the_block(self, batches):
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_a_step_at_the_end_of_the_block(self, fused, batches):
         model = make()
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, fused=fused)
         with pytest.raises(RuntimeError, match="changed inside"), nk.reuse_features(model):
             accumulate(model, batches)
             optimizer.step()

@@ -53,6 +53,8 @@ def find_targets(model: nn.Module, config: NeatConfig) -> list[Target]:
         if id(module) in targets:
             continue
         aliases = [alias for alias in names if modules[alias] is module]
+        if any(_excluded(alias, config) for alias in aliases):
+            continue
         for alias in aliases:
             _check_adaptable(alias, module, modules.get(alias.rpartition(".")[0], model))
         targets[id(module)] = Target(module, aliases, _rank(name, config, used_patterns))
@@ -89,10 +91,14 @@ def _all_linear(config: NeatConfig) -> bool:
     return isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
 
 
-def _is_target(name: str, model: nn.Module, modules: dict[str, nn.Module], config: NeatConfig) -> bool:
+def _excluded(name: str, config: NeatConfig) -> bool:
     if config.exclude_modules and _selected(config.exclude_modules, name):
-        return False
-    if any(re.match(rf"(^|.*\.){re.escape(m)}($|\..*)", name) for m in config.modules_to_save or ()):
+        return True
+    return any(re.match(rf"(^|.*\.){re.escape(m)}($|\..*)", name) for m in config.modules_to_save or ())
+
+
+def _is_target(name: str, model: nn.Module, modules: dict[str, nn.Module], config: NeatConfig) -> bool:
+    if _excluded(name, config):
         return False
     assert config.target_modules is not None
     if _all_linear(config):

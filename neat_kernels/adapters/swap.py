@@ -10,6 +10,7 @@ from torch import nn
 
 from neat_kernels.adapters.config import NeatConfig
 from neat_kernels.adapters.match import Target, find_modules_to_save, find_targets
+from neat_kernels.base_layer import carry_hooks
 from neat_kernels.layer import FusedNeatLinear, neat_layers
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -42,9 +43,7 @@ def apply_neat(model: Model, config: NeatConfig) -> Model:
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     parameters = dict(model.named_parameters())
     try:
-        layers = [
-            FusedNeatLinear.from_linear(target.module, **asdict(config.layer_options(target.r))) for target in targets
-        ]
+        layers = [_adapt(target, config) for target in targets]
     except BaseException:
         for name, flag in before.items():
             parameters[name].requires_grad_(flag)
@@ -77,7 +76,7 @@ def remove_neat(model: Model) -> Model:
         ValueError: the model has no Neat layer.
     """
     for names, layer in _neat_layers_by_name(model):
-        linear = layer.plain_linear(layer.base_weight)
+        linear = _restore(layer, layer.base_weight)
         for name in names:
             _replace(model, name, linear)
     for module in model.modules():
@@ -113,12 +112,24 @@ def merge_neat(model: Model) -> Model:
         # Nothing here may keep a replaced layer alive, or every W would stay beside every W + ΔW.
         names, layer = layers.pop()
         weight = layer.weight if layer.merged else nn.Parameter(layer.merged_weight(), requires_grad=False)
-        linear = layer.plain_linear(weight)
+        linear = _restore(layer, weight)
         for name in names:
             _replace(model, name, linear)
     for module in model.modules():
         module.__dict__.pop(_BEFORE, None)
     return model
+
+
+def _adapt(target: Target, config: NeatConfig) -> FusedNeatLinear:
+    layer = FusedNeatLinear.from_linear(target.module, **asdict(config.layer_options(target.r)))
+    carry_hooks(target.module, layer)
+    return layer
+
+
+def _restore(layer: FusedNeatLinear, weight: nn.Parameter) -> nn.Module:
+    linear = layer.plain_linear(weight)
+    carry_hooks(layer, linear)
+    return linear
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
