@@ -14,7 +14,7 @@ from neat_kernels.finetune.defaults import HEAD_LEARNING_RATE
 from neat_kernels.finetune.memory import held_bytes, peak_of_step, traced_peak
 from neat_kernels.finetune.methods import prepare
 from neat_kernels.finetune.model import Pretrained, TextClassifier
-from neat_kernels.finetune.report import draw_curves, half_width, results_json, results_table, running_mean
+from neat_kernels.finetune.report import comparisons, draw_curves, results_json, results_table, running_mean
 from neat_kernels.finetune.settings import METHODS, Settings, UsageError
 from neat_kernels.finetune.train import (
     MethodResult,
@@ -273,10 +273,14 @@ def test_an_architecture_without_default_layers_asks_for_names(bert):
         unknown.default_targets()
 
 
+# Of 400 texts the probe gets 250 right and Neat 300, 200 of them both.
+RIGHT = ([True] * 250 + [False] * 150, [False] * 50 + [True] * 300 + [False] * 50)
+
+
 def results():
     return [
-        MethodResult("probe", 0.03, 0.03, 99, 99, [2.0, 1.5, 1.0], [(2, 0.5), (3, 0.6)], 0.625, 10.0, 1e4, 2**24),
-        MethodResult("neat", 0.01, 0.03, 1099, 99, [2.0, 1.2, 0.7], [(2, 0.6), (3, 0.8)], 0.75),
+        MethodResult("probe", 0.03, 0.03, 99, 99, [2.0, 1.5, 1.0], [(2, 0.5), (3, 0.6)], RIGHT[0], 10.0, 1e4, 2**24),
+        MethodResult("neat", 0.01, 0.03, 1099, 99, [2.0, 1.2, 0.7], [(2, 0.6), (3, 0.8)], RIGHT[1]),
     ]
 
 
@@ -284,33 +288,38 @@ def test_the_report_tells_what_was_measured_and_what_was_not(tmp_path):
     from rich.console import Console
 
     console = Console(width=160, record=True, file=(tmp_path / "terminal.txt").open("w"))
-    console.print(results_table(results(), 400))
+    console.print(results_table(results()))
     lines = console.export_text()
     probe, neat = (next(line for line in lines.splitlines() if name in line) for name in ("linear probe", "Neat"))
-    assert [word for word in probe.split() if word[0].isdigit()] == [
-        "62.5%",
-        "4.7",
-        "99",
-        "0",
-        "0.03",
-        "10",
-        "10,000",
-        "16",
-    ]
-    assert "75.0% ± 4.2" in neat
+    numbers = [word for word in probe.split() if word[0].isdigit()]
+    assert numbers == ["62.5", "4.7", "99", "0.03", "10", "10,000", "16"]
+    assert "75.0 ± 4.2 %" in neat
     assert neat.count("–") == 3
-    results_json(tmp_path / "results.json", {"seed": 3}, results(), 400)
+    results_json(tmp_path / "results.json", {"seed": 3}, results())
     content = json.loads((tmp_path / "results.json").read_text())
     assert content["seed"] == 3
     assert content["methods"][1]["step_ms"] is None
     assert content["methods"][1]["losses"] == [2.0, 1.2, 0.7]
-    assert math.isclose(content["methods"][0]["test_accuracy_half_width_95"], half_width(0.625, 400))
+    assert math.isclose(content["methods"][0]["test_accuracy_half_width_95"], 1.96 * math.sqrt(0.625 * 0.375 / 400))
+
+
+def test_neat_is_compared_on_the_same_texts():
+    # Neat alone is right on 100 texts, the probe alone on 50: a variance of 150/400 − (50/400)².
+    width = 196 * math.sqrt((0.375 - 0.125**2) / 400)
+    assert comparisons(results()) == [
+        f"Neat against linear probe: +12.5 ± {width:.1f} points, more than chance explains"
+    ]
+    probe, neat = results()
+    neat.test_right = probe.test_right[::-1]
+    assert comparisons([neat, probe])[0].startswith("Neat against linear probe: +0.0 ± ")
+    assert comparisons([neat, probe])[0].endswith("within what chance explains")
+    assert comparisons([probe]) == []
 
 
 def test_curves_are_a_picture_and_replace_nothing_half_way(tmp_path):
     from PIL import Image
 
-    draw_curves(tmp_path / "curves.png", results(), 400, "a title")
+    draw_curves(tmp_path / "curves.png", results(), "a title")
     with Image.open(tmp_path / "curves.png") as image:
         image.verify()
         assert image.width > 1000

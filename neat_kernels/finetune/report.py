@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import json
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.table import Table
 
 from neat_kernels.finetune.defaults import HEAD_LEARNING_RATE
@@ -26,32 +28,33 @@ LABELS = {"probe": "linear probe", "lora": "LoRA", "neat": "Neat", "full": "full
 SMOOTHING_SHARE = 0.05
 
 
-def results_table(results: Sequence[MethodResult], tests: int) -> Table:
+def results_table(results: Sequence[MethodResult]) -> Table:
     """One row for each method: accuracy on the test split, parameters, time and memory.
 
     Args:
         results: the measured methods.
-        tests: number of test texts.
 
     Returns:
         A table for the terminal.
     """
     table = Table(
-        title=f"Accuracy on {tests:,} test texts",
-        caption=f"lr: of what trains in the model; the head beside it has {HEAD_LEARNING_RATE:g}.\n"
-        "± is the 95 % interval of one accuracy. Peak memory: the most bytes that tensors (weights, optimizer\n"
-        "state, activations, gradients) held at one time, in the step with the largest batch.",
+        box=SIMPLE,
+        title=f"Accuracy on {len(results[0].test_right):,} test texts",
+        caption="± is the 95 % interval of one accuracy.\n"
+        f"Trainable parameters: {results[0].head:,} of them are the head's.\n"
+        f"lr: of what trains in the model; the head beside it has {HEAD_LEARNING_RATE:g}.\n"
+        "Peak memory: the most bytes that weights, optimizer state, activations and\n"
+        "gradients held at one time, in the step with the largest batch.",
         caption_justify="left",
     )
-    table.add_column("method")
-    for column in ("test accuracy", "trainable parameters", "without head", "lr", "ms/step", "tokens/s", "peak memory"):
-        table.add_column(column, justify="right")
+    table.add_column("method", no_wrap=True)
+    for column in ("accuracy", "trainable", "lr", "ms/step", "tokens/s", "peak memory"):
+        table.add_column(column, justify="right", no_wrap=True)
     for result in results:
         table.add_row(
             LABELS[result.method],
-            f"{result.test_accuracy:.1%} ± {100 * half_width(result.test_accuracy, tests):.1f}",
+            f"{100 * result.test_accuracy:.1f} ± {100 * half_width(result.test_right):.1f} %",
             f"{result.trainable:,}",
-            f"{result.trainable - result.head:,}",
             f"{result.lr:g}",
             dash_if_unknown(result.step_ms, ".0f"),
             dash_if_unknown(result.tokens_per_second, ",.0f"),
@@ -60,23 +63,52 @@ def results_table(results: Sequence[MethodResult], tests: int) -> Table:
     return table
 
 
+def comparisons(results: Sequence[MethodResult]) -> list[str]:
+    """Where Neat stands to each other method, judged on the same test texts; nothing if Neat did not run.
+
+    Args:
+        results: the measured methods.
+
+    Returns:
+        One line for each other method, with the 95 % interval of the paired difference.
+    """
+    neat = next((result for result in results if result.method == "neat"), None)
+    others = [result for result in results if result is not neat] if neat else []
+    lines = []
+    for other in others:
+        assert neat is not None
+        points = 100 * (neat.test_accuracy - other.test_accuracy)
+        width = 100 * half_width(differences(neat, other))
+        verdict = "within what chance explains" if abs(points) <= width else "more than chance explains"
+        lines.append(f"Neat against {LABELS[other.method]}: {points:+.1f} ± {width:.1f} points, {verdict}")
+    return lines
+
+
+def differences(one: MethodResult, other: MethodResult) -> list[int]:
+    """For each test text 1 if only `one` gets it right, -1 if only `other` does, else 0."""
+    return [int(a) - int(b) for a, b in zip(one.test_right, other.test_right, strict=True)]
+
+
 def dash_if_unknown(value: float, form: str) -> str:
     """The number in the given form, or a dash if it was not measured."""
     return "–" if math.isnan(value) else format(value, form)
 
 
-def half_width(accuracy: float, tests: int) -> float:
-    """Half of the 95 % interval of a share measured on `tests` texts."""
-    return 1.96 * math.sqrt(accuracy * (1 - accuracy) / tests)
+def half_width(values: Sequence[int]) -> float:
+    """Half of the 95 % interval of the mean of values measured on as many texts."""
+    return 1.96 * statistics.pstdev(values) / math.sqrt(len(values))
 
 
-def results_json(path: Path, facts: dict[str, Any], results: Sequence[MethodResult], tests: int) -> None:
+def results_json(path: Path, facts: dict[str, Any], results: Sequence[MethodResult]) -> None:
     """Write everything that was measured, with what it was measured on."""
     methods = []
     for result in results:
         values = {name: None if is_nan(value) else value for name, value in asdict(result).items()}
-        methods.append(values | {"test_accuracy_half_width_95": half_width(result.test_accuracy, tests)})
-    content = {"format": FORMAT, **facts, "methods": methods}
+        del values["test_right"]
+        values["test_accuracy"] = result.test_accuracy
+        values["test_accuracy_half_width_95"] = half_width(result.test_right)
+        methods.append(values)
+    content = {"format": FORMAT, **facts, "methods": methods, "comparisons": comparisons(results)}
     write_atomically(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
@@ -85,13 +117,12 @@ def is_nan(value: object) -> bool:
     return isinstance(value, float) and math.isnan(value)
 
 
-def draw_curves(path: Path, results: Sequence[MethodResult], tests: int, title: str) -> None:
+def draw_curves(path: Path, results: Sequence[MethodResult], title: str) -> None:
     """Draw training loss, validation accuracy and final test accuracy of each method into a PNG.
 
     Args:
         path: the file to write.
         results: the measured methods.
-        tests: number of test texts.
         title: what was trained on what.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -106,9 +137,9 @@ def draw_curves(path: Path, results: Sequence[MethodResult], tests: int, title: 
         percent = [100 * accuracy for accuracy in accuracies]
         validation.plot(steps, percent, "o-", color=COLORS[result.method], label=LABELS[result.method], markersize=4)
     label_axes(loss, "Training loss", "step", "cross-entropy")
-    label_axes(validation, "Validation accuracy", "step", "%")
+    label_axes(validation, "Validation accuracy", "step", "accuracy (%)")
     loss.legend(frameon=False)
-    draw_test(test, results, tests)
+    draw_test(test, results)
     image = io.BytesIO()
     FigureCanvasAgg(figure).print_figure(image, format="png", dpi=150)
     write_atomically(path, image.getvalue())
@@ -122,15 +153,15 @@ def draw_loss(axes: Any, result: MethodResult) -> None:
     axes.plot(steps, running_mean(result.losses), color=color, label=LABELS[result.method], linewidth=1.8)
 
 
-def draw_test(axes: Any, results: Sequence[MethodResult], tests: int) -> None:
+def draw_test(axes: Any, results: Sequence[MethodResult]) -> None:
     """Draw the final test accuracies as bars with their 95 % intervals."""
     for position, result in enumerate(results):
-        accuracy, width = 100 * result.test_accuracy, 100 * half_width(result.test_accuracy, tests)
+        accuracy, width = 100 * result.test_accuracy, 100 * half_width(result.test_right)
         axes.bar(position, accuracy, 0.65, yerr=width, capsize=4, color=COLORS[result.method], ecolor="#333333")
         axes.text(position, accuracy + width + 1, f"{accuracy:.1f}", ha="center", va="bottom")
     axes.set_xticks(range(len(results)), [LABELS[result.method] for result in results])
     axes.set_ylim(0, 105)
-    label_axes(axes, f"Test accuracy, {tests:,} texts", "", "%")
+    label_axes(axes, f"Test accuracy, {len(results[0].test_right):,} texts", "", "accuracy (%)")
 
 
 def label_axes(axes: Any, title: str, x: str, y: str) -> None:

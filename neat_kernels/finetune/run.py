@@ -19,7 +19,7 @@ from neat_kernels.finetune.data import TextData, load_file
 from neat_kernels.finetune.methods import ALL_LINEAR
 from neat_kernels.finetune.model import Pretrained, require_targets
 from neat_kernels.finetune.progress import TerminalProgress
-from neat_kernels.finetune.report import CURVES, RESULTS, draw_curves, results_json, results_table
+from neat_kernels.finetune.report import CURVES, RESULTS, comparisons, draw_curves, results_json, results_table
 from neat_kernels.finetune.settings import Settings, UsageError
 from neat_kernels.finetune.train import MethodResult, train_method
 
@@ -68,7 +68,9 @@ def run(settings: Settings, console: Console) -> Path:
             )
             for method in settings.methods
         ]
-    console.print(results_table(results, len(prepared.data.test)))
+    console.print(results_table(results))
+    for line in comparisons(results):
+        console.print(line, highlight=False)
     write_results(settings, prepared, results)
     console.print(f"Curves and results: {settings.output / CURVES}, {settings.output / RESULTS}", soft_wrap=True)
     return settings.output
@@ -161,8 +163,7 @@ def print_plan(settings: Settings, prepared: Prepared, console: Console) -> None
 def write_results(settings: Settings, prepared: Prepared, results: list[MethodResult]) -> None:
     """Write the curves, then the numbers: where results.json is, the run is whole."""
     settings.output.mkdir(parents=True, exist_ok=True)
-    title = f"{prepared.pretrained.name}, {len(prepared.data.label_names)} labels, {len(prepared.data.train):,} texts"
-    draw_curves(settings.output / CURVES, results, len(prepared.data.test), title)
+    draw_curves(settings.output / CURVES, results, picture_title(settings, prepared))
     facts: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
@@ -180,4 +181,12 @@ def write_results(settings: Settings, prepared: Prepared, results: list[MethodRe
         },
         "settings": settings.as_dict(),
     }
-    results_json(settings.output / RESULTS, facts, results, len(prepared.data.test))
+    results_json(settings.output / RESULTS, facts, results)
+
+
+def picture_title(settings: Settings, prepared: Prepared) -> str:
+    """What was trained on what, in one line."""
+    data = "docstrings" if settings.data is None else settings.data.name
+    rank = f", r={settings.r}" if prepared.targets else ""
+    texts, labels = len(prepared.data.train), len(prepared.data.label_names)
+    return f"{prepared.pretrained.name} on {data}: {texts:,} training texts, {labels} labels{rank}"

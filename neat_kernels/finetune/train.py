@@ -58,7 +58,7 @@ class MethodResult:
         head: parameters of the head alone.
         losses: training loss of every step.
         validation: (step, accuracy) pairs.
-        test_accuracy: share of the test split that the final model gets right.
+        test_right: for each test text whether the final model gets it right, in the same order in every method.
         step_ms: median time of a training step.
         tokens_per_second: tokens that are not padding, over all timed steps.
         peak_bytes: peak of the bytes held in tensors in the step with the most tokens; None where it is not known.
@@ -71,10 +71,15 @@ class MethodResult:
     head: int
     losses: list[float] = field(default_factory=list)
     validation: list[tuple[int, float]] = field(default_factory=list)
-    test_accuracy: float = math.nan
+    test_right: list[bool] = field(default_factory=list)
     step_ms: float = math.nan
     tokens_per_second: float = math.nan
     peak_bytes: int | None = None
+
+    @property
+    def test_accuracy(self) -> float:
+        """Share of the test split that the final model gets right."""
+        return statistics.fmean(self.test_right)
 
 
 class Trainer:
@@ -118,14 +123,14 @@ class Trainer:
         self.last_loss = loss.item()
 
     @torch.no_grad()
-    def accuracy(self, tokens: Tokens) -> float:
-        """Share of the texts whose label has the largest logit."""
+    def right(self, tokens: Tokens) -> list[bool]:
+        """For each text, shortest first, whether its label has the largest logit."""
         self.model.eval()
-        right = 0
+        right: list[bool] = []
         with self.autocast():
             for batch in tokens.in_order_of_length(EVALUATION_BATCH, self.device):
-                right += int((self.model(batch.ids, batch.mask).argmax(-1) == batch.labels).sum())
-        return right / len(tokens)
+                right += (self.model(batch.ids, batch.mask).argmax(-1) == batch.labels).tolist()
+        return right
 
 
 def train_method(
@@ -170,7 +175,7 @@ def train_method(
     )
     progress.start(method, settings.steps)
     run_steps(trainer, settings, tokens, result, progress)
-    result.test_accuracy = trainer.accuracy(tokens.test)
+    result.test_right = trainer.right(tokens.test)
     del trainer, model, backbone
     release_memory(device)
     return result
@@ -197,8 +202,9 @@ def run_steps(
         result.losses.append(trainer.last_loss)
         progress.step(index + 1, trainer.last_loss, sum(token_counts) / max(sum(seconds), 1e-9))
         if (index + 1) % every == 0 or index + 1 == settings.steps:
-            result.validation.append((index + 1, trainer.accuracy(tokens.validation)))
-            progress.evaluated(index + 1, statistics.fmean(result.losses[-every:]), result.validation[-1][1])
+            accuracy = statistics.fmean(trainer.right(tokens.validation))
+            result.validation.append((index + 1, accuracy))
+            progress.evaluated(index + 1, statistics.fmean(result.losses[-every:]), accuracy)
             trainer.train_mode()
     if seconds:
         skip = min(UNTIMED_STEPS, len(seconds) - 1)
