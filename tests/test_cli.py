@@ -96,7 +96,7 @@ def test_finetune_compares_methods_and_writes_the_results(model, data, tmp_path)
     result = run("finetune", "--model", model, "--data", data, "--method", "probe,lora", "--method", "neat", "--method",
                  "full", "--r", 2, "--output", output, *TINY)  # fmt: skip
     assert result.exit_code == 0, result.output
-    for word in ("linear probe", "LoRA", "Neat", "full", "MiB", "validation accuracy", "84 train", "query, value; r=2"):
+    for word in ("linear probe", "LoRA", "Neat", "full", "peak MiB", "validation", "84 train", "query, value; r=2"):
         assert word in result.output
     assert sorted(path.name for path in output.iterdir()) == ["curves.png", "results.json"]
     content = json.loads((output / "results.json").read_text())

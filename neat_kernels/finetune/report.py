@@ -39,16 +39,17 @@ def results_table(results: Sequence[MethodResult]) -> Table:
     """
     table = Table(
         box=SIMPLE,
+        padding=(0, 1, 0, 0),
         title=f"Accuracy on {len(results[0].test_right):,} test texts",
         caption="± is the 95 % interval of one accuracy.\n"
-        f"Trainable parameters: {results[0].head:,} of them are the head's.\n"
+        f"trainable: parameters, of which {results[0].head:,} are the head's.\n"
         f"lr: of what trains in the model; the head beside it has {HEAD_LEARNING_RATE:g}.\n"
-        "Peak memory: the most bytes that weights, optimizer state, activations and\n"
+        "peak MiB: the most memory that weights, optimizer state, activations and\n"
         "gradients held at one time, in the step with the largest batch.",
         caption_justify="left",
     )
     table.add_column("method", no_wrap=True)
-    for column in ("accuracy", "trainable", "lr", "ms/step", "tokens/s", "peak memory"):
+    for column in ("accuracy", "trainable", "lr", "ms/step", "tokens/s", "peak MiB"):
         table.add_column(column, justify="right", no_wrap=True)
     for result in results:
         table.add_row(
@@ -58,7 +59,7 @@ def results_table(results: Sequence[MethodResult]) -> Table:
             f"{result.lr:g}",
             dash_if_unknown(result.step_ms, ".0f"),
             dash_if_unknown(result.tokens_per_second, ",.0f"),
-            "–" if result.peak_bytes is None else f"{result.peak_bytes / 2**20:,.0f} MiB",
+            "–" if result.peak_bytes is None else f"{result.peak_bytes / 2**20:,.0f}",
         )
     return table
 
@@ -127,8 +128,9 @@ def draw_curves(path: Path, results: Sequence[MethodResult], title: str) -> None
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    figure = Figure(figsize=(13, 4.4), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
     loss, validation, test = figure.subplots(1, 3, width_ratios=(5, 5, 3))
     figure.suptitle(title)
     for result in results:
