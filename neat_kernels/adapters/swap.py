@@ -40,15 +40,14 @@ def apply_neat(model: Model, config: NeatConfig) -> Model:
     targets = find_targets(model, config)
     saved = find_modules_to_save(model, config)
     _check_saved(targets, saved)
-    before = {name: p.requires_grad for name, p in model.named_parameters()}
-    parameters = dict(model.named_parameters())
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     try:
         layers = [_adapt(target, config) for target in targets]
     except BaseException:
-        for name, flag in before.items():
-            parameters[name].requires_grad_(flag)
+        for p in trainable.values():
+            p.requires_grad_(True)
         raise
-    if not any(True for _ in neat_layers(model)):
+    if not list(neat_layers(model)):
         # A second call, for layers with other options, must not freeze what the first one trains.
         model.requires_grad_(False)
     for target, layer in zip(targets, layers, strict=True):
@@ -56,10 +55,7 @@ def apply_neat(model: Model, config: NeatConfig) -> Model:
             _replace(model, name, layer)
     for module in saved.values():
         module.requires_grad_(True)
-    for layer in layers:
-        for p in (layer.neat_A, layer.neat_B, *layer.neat_encoders, *layer.neat_decoders):
-            p.requires_grad_(True)
-    model.__dict__.setdefault(_BEFORE, tuple(name for name, flag in before.items() if flag))
+    model.__dict__.setdefault(_BEFORE, tuple(trainable))
     return model
 
 
