@@ -218,3 +218,10 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_written_file_has_the_mode_of_any_other(tmp_path):
+    (tmp_path / "plain").write_bytes(b"")
+    write_atomically(tmp_path / "atomic", b"content")
+    assert (tmp_path / "atomic").read_bytes() == b"content"
+    assert (tmp_path / "atomic").stat().st_mode == (tmp_path / "plain").stat().st_mode
