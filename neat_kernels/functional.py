@@ -71,7 +71,6 @@ def neat_linear(
 
     Source: arXiv 2410.01870.
     """
-    _check_weight(weight)
     H = neat_features(
         weight, A, encoders=encoders, decoders=decoders, orientation=orientation, activation=activation, backend=backend
     )

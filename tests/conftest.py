@@ -9,7 +9,7 @@ settings.register_profile("repo", deadline=None, derandomize=True, print_blob=Tr
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repo"))
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Workers share the cores: with torch's default each would spin on all of them (516 s instead of 63 on two cores).
+    # Workers share the cores: with torch's default each would spin on all of them.
     torch.set_num_threads(1)
 
 

@@ -46,7 +46,7 @@ def rows_times(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
 def transposed_times(a: Tensor, p: Tensor, wide: torch.dtype) -> Tensor:
     """pᵀ·a [r,K] in `wide`, the transpose of aᵀ·p, for a tall a [M,K] and a narrow p [M,r], with one read of a.
 
-    The transposed form is up to twice as fast as aᵀ·p on a CPU in fp32 (0.7 ms against 1.2 at M=2048, K=1024, r=16).
+    On a CPU in fp32 the transposed form is the faster of the two.
     """
     if _mm_wide(a, p):
         return torch.mm(p.t(), a, out_dtype=wide)
@@ -68,7 +68,8 @@ def transposed(t: Tensor, dtype: torch.dtype) -> Tensor:
 def half_gemm_is_native(dtype: torch.dtype) -> bool:
     """Whether this CPU multiplies half matrices in hardware or through oneDNN.
 
-    Without it torch takes a scalar loop: dy·W at M=2048, 1024x1024, bf16 took 4361 ms where fp32 takes 23 (AVX2).
+    Without it torch takes a scalar loop: forward + backward of a frozen 1024x1024 layer over 2048 tokens took 4.6 s in
+    bf16 and 48 ms in fp32 (python -m benchmarks.layer_ratio, AMD EPYC with AVX2, 2 threads).
     """
     query = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
     supported = getattr(torch.ops.mkldnn, query, None)
