@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import neat_kernels.ops  # noqa: F401  (registers torch.ops.neat_kernels)
-from neat_kernels.plan import choose_backend
+from neat_kernels.plan import choose_backend, token_backend
 from neat_kernels.torch_backend.dropout import draw_seed
 from neat_kernels.vocabulary import (
     ACTIVATIONS,
@@ -137,9 +137,8 @@ def neat_features(
     _check_device(weight.device, A=A)
     chain = _stack_chain(encoders, decoders, A)
     _check_no_tangent(weight, A, chain)
-    H, _ = torch.ops.neat_kernels.features(
-        weight, A, chain, orientation, activation, choose_backend(backend, weight.device)
-    )
+    chosen = choose_backend(backend, weight.device, (weight.dtype, A.dtype), A.shape[0])
+    H, _ = torch.ops.neat_kernels.features(weight, A, chain, orientation, activation, chosen)
     return H
 
 
@@ -192,6 +191,7 @@ def low_rank_linear(
     check_dropout(dropout)
     _check_no_tangent(x, weight, down, up, bias)
     seed = draw_seed(x) if training and dropout > 0.0 else None
+    chosen = choose_backend(backend, x.device, (x.dtype, weight.dtype, down.dtype, up.dtype), down.shape[1])
     rows = x.reshape(-1, in_features)
     y, _ = torch.ops.neat_kernels.low_rank_linear(
         rows,
@@ -203,7 +203,7 @@ def low_rank_linear(
         float(scaling),
         dropout if seed is not None else 0.0,
         compute_dtype,
-        choose_backend(backend, x.device),
+        token_backend(chosen, x.device, autocast_dtype(x), in_features, out_features),
     )
     return y.view(*x.shape[:-1], out_features)
 

@@ -322,7 +322,15 @@ class FusedNeatLinear(nn.Module):
         """
         if self.merged:
             return Plan("torch", "native", "the layer is merged, so that forward is F.linear with W + ΔW")
-        return make_plan(x.device, autocast_dtype(x), self.backend)
+        return make_plan(
+            self.backend,
+            x.device,
+            autocast_dtype(x),
+            self.neat_A.dtype,
+            self.r,
+            self.in_features,
+            self.out_features,
+        )
 
     def extra_repr(self) -> str:
         """Sizes and options, as nn.Linear prints its own."""

@@ -10,6 +10,7 @@ tensors.
 
 from __future__ import annotations
 
+import importlib
 from types import ModuleType
 from typing import Any
 
@@ -21,8 +22,13 @@ from neat_kernels.torch_backend import low_rank as torch_low_rank
 from neat_kernels.torch_backend.low_rank import Branch, Needs
 from neat_kernels.vocabulary import autocast_dtype
 
-_FEATURES: dict[str, ModuleType] = {"torch": torch_features}
-_LOW_RANK: dict[str, ModuleType] = {"torch": torch_low_rank}
+
+def _implementation(stage: str, backend: str) -> ModuleType:
+    """The module that runs a stage; the kernels are imported by their first call, since Triton takes a second to."""
+    if backend == "torch":
+        return torch_features if stage == "features" else torch_low_rank
+    return importlib.import_module(f"neat_kernels.kernels.{stage}")
+
 
 _AUTOCAST_KEYS = ("AutocastCPU", "AutocastCUDA", "AutocastXPU", "AutocastMPS")
 
@@ -48,7 +54,7 @@ _LIB.define(
 def _features(
     weight: Tensor, A: Tensor, chain: Tensor | None, orientation: str, activation: str, backend: str
 ) -> tuple[Tensor, Tensor]:
-    return _FEATURES[backend].forward(weight, A, chain, orientation, activation)
+    return _implementation("features", backend).forward(weight, A, chain, orientation, activation)
 
 
 def _features_fake(
@@ -70,7 +76,7 @@ def _features_backward(
     need_dchain: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return _FEATURES[backend].backward(dH, weight, Z, chain, orientation, activation, dA_dtype, need_dchain)
+    return _implementation("features", backend).backward(dH, weight, Z, chain, orientation, activation, dA_dtype, need_dchain)
 
 
 def _features_backward_fake(
@@ -104,7 +110,7 @@ def _low_rank_linear(
     compute_dtype: torch.dtype | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return _LOW_RANK[backend].forward(x, weight, bias, down, up, seed, Branch(scaling, dropout, compute_dtype))
+    return _implementation("low_rank", backend).forward(x, weight, bias, down, up, seed, Branch(scaling, dropout, compute_dtype, backend))
 
 
 def _low_rank_linear_fake(
@@ -140,9 +146,9 @@ def _low_rank_linear_backward(
     dbias_dtype: torch.dtype | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    branch = Branch(scaling, dropout, compute_dtype)
+    branch = Branch(scaling, dropout, compute_dtype, backend)
     needs = Needs(need_dx, ddown_dtype, dup_dtype, dbias_dtype)
-    return _LOW_RANK[backend].backward(dy, x, weight, down, up, S, seed, branch, needs)
+    return _implementation("low_rank", backend).backward(dy, x, weight, down, up, S, seed, branch, needs)
 
 
 def _low_rank_linear_backward_fake(

@@ -1,15 +1,23 @@
-"""From (device, dtype, requested backend) to the plan that runs it, with the reason."""
+"""From (device, dtypes, sizes, requested backend) to the plan that runs a call, with the reason."""
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from dataclasses import dataclass
 
 import torch
 
 from neat_kernels.torch_backend.gemm import casts_blocks
-from neat_kernels.vocabulary import BACKENDS, check_choice
+from neat_kernels.vocabulary import BACKENDS, HALF_DTYPES, check_choice
 
-_NO_TRITON = "this version of neat-kernels has no Triton kernels"
+# The rank up to which the kernels hold an r-wide tile in registers; above it the branch is a GEMM like any other.
+MAX_R = 128
+# Longest reduction for which the fused GEMM is chosen. A prediction until it is timed: fusing pays where the Triton
+# GEMM reaches more of cuBLAS's speed than the low-rank product's trip through memory costs, 92 % at 2048.
+FUSED_UP_TO = 2048
+_LOWEST_CAPABILITY = (8, 0)
+_AMD_ARCHS = ("gfx942",)
 
 
 class BackendUnavailableError(RuntimeError):
@@ -30,37 +38,136 @@ class Plan:
 
 def available_backends() -> dict[str, str | None]:
     """Every backend by name: None if it can run in this process, else the reason why it cannot."""
-    return {"torch": None, "triton": _NO_TRITON}
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return {"torch": None, "triton": device_obstacle(device)}
 
 
-def choose_backend(requested: str, device: torch.device) -> str:
-    """The backend that `requested` means for tensors on `device`.
+@functools.cache
+def _device_obstacle(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    if device.type == "cpu":
+        import triton
+
+        if triton.knobs.runtime.interpret:
+            return None
+        return "Triton needs a GPU, or its interpreter: TRITON_INTERPRET=1 in the environment of a new process"
+    if device.type != "cuda":
+        return f"the Triton kernels run on CUDA and ROCm devices, not on {device.type}"
+    if torch.version.hip is not None:
+        arch = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+        return None if arch in _AMD_ARCHS else f"the Triton kernels need one of {', '.join(_AMD_ARCHS)}, got {arch}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _LOWEST_CAPABILITY:
+        return f"the Triton kernels need compute capability 8.0, got {capability[0]}.{capability[1]}"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def device_obstacle(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on tensors of this device, or None."""
+    return _device_obstacle(device)
+
+
+def triton_obstacle(device: torch.device, dtypes: tuple[torch.dtype, ...], r: int) -> str | None:
+    """Why the Triton kernels cannot take a call with these tensors, or None."""
+    obstacle = device_obstacle(device)
+    if obstacle is not None:
+        return obstacle
+    if torch.float64 in dtypes:
+        return "the Triton kernels accumulate in float32 and take no float64"
+    if r > MAX_R:
+        return f"the Triton kernels take r up to {MAX_R}, got {r}"
+    return None
+
+
+def choose_backend(requested: str, device: torch.device, dtypes: tuple[torch.dtype, ...], r: int) -> str:
+    """The backend that `requested` means for a call.
 
     Args:
         requested: "auto", or a backend that must run.
         device: where the tensors are.
+        dtypes: of all tensors of the call.
+        r: rank.
 
     Returns:
-        The name of a backend that can run; "auto" takes "torch", the only one in this version.
+        The name of a backend that can run. "auto" takes "triton" on a GPU where it can run, else "torch"; on a CPU, where
+        Triton has only its interpreter, always "torch".
 
     Raises:
         ValueError: `requested` is no backend.
         BackendUnavailableError: an explicit request cannot be met.
     """
     check_choice("backend", requested, BACKENDS)
+    if requested == "torch" or (requested == "auto" and device.type == "cpu"):
+        return "torch"
+    obstacle = triton_obstacle(device, dtypes, r)
+    if obstacle is None:
+        return "triton"
     if requested == "auto":
         return "torch"
-    reason = available_backends()[requested]
-    if reason is not None:
-        raise BackendUnavailableError(f"backend={requested!r} was requested for tensors on {device}, but {reason}")
-    return requested
+    raise BackendUnavailableError(f"backend={requested!r} was requested for tensors on {device}, but {obstacle}")
 
 
-def make_plan(device: torch.device, dtype: torch.dtype, requested: str) -> Plan:
+def choose_gemm(device: torch.device, dtype: torch.dtype, length: int) -> str:
+    """"fused" or "cublas": how the Triton backend runs a base GEMM that reduces over `length`.
+
+    fp32 goes to cuBLAS, which follows torch's TF32 setting and has the faster IEEE kernels.
+    """
+    if device.type == "cpu" or (dtype in HALF_DTYPES and length <= FUSED_UP_TO):
+        return "fused"
+    return "cublas"
+
+
+def token_backend(backend: str, device: torch.device, dtype: torch.dtype, in_features: int, out_features: int) -> str:
+    """What the operators of the token side are told: "torch", or "triton:" and the plans of apply and dgrad."""
+    if backend == "torch":
+        return backend
+    return f"triton:{choose_gemm(device, dtype, in_features)}:{choose_gemm(device, dtype, out_features)}"
+
+
+def gemm_plans(token_backend: str) -> tuple[str, str]:
+    """The plans of apply and dgrad in what `token_backend` returned."""
+    _, apply, dgrad = token_backend.split(":")
+    return apply, dgrad
+
+
+def make_plan(
+    requested: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    r: int,
+    in_features: int,
+    out_features: int,
+) -> Plan:
     """The plan that an input of this dtype on this device would take, for `FusedNeatLinear.explain`."""
-    backend = choose_backend(requested, device)
-    asked = "requested" if requested != "auto" else f"chosen by auto, since {_NO_TRITON}"
+    backend = choose_backend(requested, device, (dtype, adapter_dtype), r)
+    asked = "requested" if requested != "auto" else _why_auto(device, (dtype, adapter_dtype), r)
+    if backend == "triton":
+        apply, dgrad = gemm_plans(token_backend(backend, device, dtype, in_features, out_features))
+        gemm = apply if apply == dgrad else f"{apply} forward, {dgrad} backward"
+        return Plan(backend, gemm, f"{asked}; {_why_gemm(device, dtype)}")
     if casts_blocks(device, dtype):
-        gemm = f"fp32 casts of row blocks, since this CPU has no fast {str(dtype).removeprefix('torch.')} GEMM"
-        return Plan(backend, "blocks", f"{asked}; {gemm}")
+        why = f"fp32 casts of row blocks, since this CPU has no fast {_short(dtype)} GEMM"
+        return Plan(backend, "blocks", f"{asked}; {why}")
     return Plan(backend, "native", f"{asked}; torch's GEMM accumulates onto the low-rank product")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _why_auto(device: torch.device, dtypes: tuple[torch.dtype, ...], r: int) -> str:
+    if device.type == "cpu":
+        return "chosen by auto, since on a CPU Triton has only its interpreter"
+    obstacle = triton_obstacle(device, dtypes, r)
+    return f"chosen by auto, since {obstacle or 'the Triton kernels run on this device'}"
+
+
+def _why_gemm(device: torch.device, dtype: torch.dtype) -> str:
+    if device.type == "cpu":
+        return "interpreted on the CPU, for tests and not for speed"
+    if dtype not in HALF_DTYPES:
+        return f"cuBLAS has the faster {_short(dtype)} GEMM, and follows torch's TF32 setting"
+    return f"fused up to a reduction of {FUSED_UP_TO}, cuBLAS beyond: a prediction, not a measurement"

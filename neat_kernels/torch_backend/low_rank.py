@@ -35,6 +35,7 @@ class Branch(NamedTuple):
     scaling: float
     dropout: float
     compute_dtype: torch.dtype | None
+    backend: str = "torch"
 
 
 class Needs(NamedTuple):

@@ -1,0 +1,156 @@
+"""Features of the frozen weight: H = g(Z), Z = Wᵀ·Aᵀ (out) or W·Aᵀ (in).
+
+W [N,K] with any strides, A [r,N] or [r,K], chain [2p,r,r] → H, Z fp32 [rows,r], rows = K (out) or N (in). Reads W once.
+Where one program per block of rows leaves the device idle, the reduction is split: partial sums of Z, then one kernel
+that adds them in order and applies g.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from neat_kernels.kernels import launch
+from neat_kernels.kernels.chain import chain_forward
+from neat_kernels.kernels.features_backward import features_backward
+from neat_kernels.kernels.skinny import tall_times_narrow
+from neat_kernels.vocabulary import HALF_DTYPES
+
+
+
+@triton.jit
+def _project_kernel(
+    w_ptr,
+    a_ptr,
+    chain_ptr,
+    z_ptr,
+    h_ptr,
+    rows,
+    length,
+    steps,
+    stride_wm,
+    stride_wl,
+    stride_ar,
+    stride_al,
+    R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    piece = tl.program_id(1)
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_r = tl.arange(0, BLOCK_R)
+    first = piece * steps * BLOCK_L
+    last = tl.minimum(first + steps * BLOCK_L, length)
+    z = tall_times_narrow(
+        w_ptr, a_ptr, None, None, offs_m, rows, length, first, last, stride_wm, stride_wl, stride_al, stride_ar, 0, 0, 0,
+        R, BLOCK_L, BLOCK_R, COMPUTE, None, False, PRECISION,
+    )  # [BLOCK_M, BLOCK_R]  # fmt: skip
+    offs = offs_m.to(tl.int64)[:, None] * R + offs_r[None, :]
+    mask = (offs_m < rows)[:, None] & (offs_r < R)[None, :]
+    tl.store(z_ptr + tl.cast(piece, tl.int64) * rows * R + offs, z, mask=mask)
+    if not SPLIT:
+        trace = chain_forward(z, chain_ptr, R, BLOCK_R, DEPTH, ACTIVATION, PRECISION)
+        tl.store(h_ptr + offs, trace[2 * DEPTH], mask=mask)
+
+
+@triton.jit
+def _finish_kernel(
+    partial_ptr,
+    chain_ptr,
+    z_ptr,
+    h_ptr,
+    rows,
+    pieces,
+    R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_r = tl.arange(0, BLOCK_R)
+    offs = offs_m.to(tl.int64)[:, None] * R + offs_r[None, :]
+    mask = (offs_m < rows)[:, None] & (offs_r < R)[None, :]
+    z = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for piece in range(0, pieces):
+        z += tl.load(partial_ptr + tl.cast(piece, tl.int64) * rows * R + offs, mask=mask, other=0.0)
+    tl.store(z_ptr + offs, z, mask=mask)
+    trace = chain_forward(z, chain_ptr, R, BLOCK_R, DEPTH, ACTIVATION, PRECISION)
+    tl.store(h_ptr + offs, trace[2 * DEPTH], mask=mask)
+
+
+def forward(
+    weight: Tensor, A: Tensor, chain: Tensor | None, orientation: str, activation: str
+) -> tuple[Tensor, Tensor]:
+    """H and Z fp32 [rows,r], contiguous."""
+    with launch.on(weight.device):
+        chain = None if chain is None else chain.contiguous()
+        return _features(weight, A, chain, orientation, activation)
+
+
+def backward(
+    dH: Tensor,
+    weight: Tensor | None,
+    Z: Tensor,
+    chain: Tensor | None,
+    orientation: str,
+    activation: str,
+    dA_dtype: torch.dtype | None,
+    need_dchain: bool,
+) -> tuple[Tensor, Tensor]:
+    """dA [r,N] or [r,K] in `dA_dtype` and dchain in the chain's dtype; empty where it is not needed."""
+    with launch.on(dH.device):
+        chain = None if chain is None else chain.contiguous()
+        W = weight.t() if weight is not None and orientation == "in" else weight
+        return features_backward(dH, W, Z.contiguous(), chain, activation, dA_dtype, need_dchain)
+
+
+def _features(
+    weight: Tensor, A: Tensor, chain: Tensor | None, orientation: str, activation: str
+) -> tuple[Tensor, Tensor]:
+    device, r = weight.device, A.shape[0]
+    W = weight.t() if orientation == "out" else weight
+    rows, length = W.shape
+    depth = 0 if chain is None else chain.shape[0] // 2
+    compute = weight.dtype if weight.dtype == A.dtype and A.dtype in HALF_DTYPES else torch.float32
+    config = launch.config(launch.walk(W), device, r, compute.itemsize)
+    blocks = triton.cdiv(rows, config.block_m)
+    pieces, steps = launch.split(blocks, length, config.block_k, device)
+    Z, H = (weight.new_empty((rows, r), dtype=torch.float32) for _ in range(2))
+    if rows == 0:
+        return H, Z
+    partial = Z if pieces == 1 else weight.new_empty((pieces, rows, r), dtype=torch.float32)
+    shared = {"R": r, "BLOCK_R": launch.block_r(r), "ACTIVATION": activation, "DEPTH": depth}
+    shared["PRECISION"] = launch.branch_precision(device)
+    _project_kernel[(blocks, pieces)](
+        W,
+        A,
+        chain,
+        partial,
+        H,
+        rows,
+        length,
+        steps,
+        *W.stride(),
+        *A.stride(),
+        BLOCK_M=config.block_m,
+        BLOCK_L=config.block_k,
+        COMPUTE=launch.TRITON_DTYPES[compute],
+        SPLIT=pieces > 1,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **shared,
+    )
+    if pieces > 1:
+        config = launch.config("chain", device, r, 4)
+        _finish_kernel[(triton.cdiv(rows, config.block_m),)](
+            partial, chain, Z, H, rows, pieces, BLOCK_M=config.block_m, num_warps=config.num_warps, **shared
+        )
+    return H, Z

@@ -1,0 +1,167 @@
+"""Backward of the features: dZ through g, the gradients of the r×r chain, and dA from one read of W.
+
+dA = (W·dZ)ᵀ [r,N] (out) or dZᵀ·W [r,K] (in);  dH, Z fp32 [rows,r];  chain, dchain [2p,r,r]
+
+Without a chain dZ = dH∘σ'(Z) is taken on the fly and never stored. With one, a first kernel writes dZ and, a block of
+rows at a time, partial sums of dchain.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from neat_kernels.kernels import launch
+from neat_kernels.kernels.chain import chain_backward
+from neat_kernels.kernels.reduce import reduce
+from neat_kernels.kernels.skinny import tall_times_narrow
+
+
+@triton.jit
+def _chain_backward_kernel(
+    dh_ptr,
+    z_ptr,
+    chain_ptr,
+    dz_ptr,
+    dchain_ptr,
+    rows,
+    stride_dhm,
+    stride_dhr,
+    R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    NEED_DCHAIN: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    offs_m = pid * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_r = tl.arange(0, BLOCK_R)
+    offs = offs_m.to(tl.int64)[:, None] * R + offs_r[None, :]
+    mask = (offs_m < rows)[:, None] & (offs_r < R)[None, :]
+    dh_ptrs = dh_ptr + offs_m.to(tl.int64)[:, None] * stride_dhm + offs_r[None, :] * stride_dhr
+    dh = tl.load(dh_ptrs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_R]
+    z = tl.load(z_ptr + offs, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_R]
+    share_ptr = dchain_ptr
+    if NEED_DCHAIN:
+        share_ptr = dchain_ptr + tl.cast(pid, tl.int64) * 2 * DEPTH * R * R
+    dz = chain_backward(dh, z, chain_ptr, share_ptr, R, BLOCK_R, DEPTH, ACTIVATION, PRECISION, NEED_DCHAIN)
+    tl.store(dz_ptr + offs, dz, mask=mask)
+
+
+@triton.jit
+def _weight_kernel(
+    w_ptr,
+    dh_ptr,
+    z_ptr,
+    da_ptr,
+    rows,
+    length,
+    steps,
+    stride_wm,
+    stride_wl,
+    stride_dhl,
+    stride_dhr,
+    R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    piece = tl.program_id(1)
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_r = tl.arange(0, BLOCK_R)
+    first = piece * steps * BLOCK_L
+    last = tl.minimum(first + steps * BLOCK_L, length)
+    acc = tall_times_narrow(
+        w_ptr, dh_ptr, z_ptr, None, offs_m, rows, length, first, last, stride_wm, stride_wl, stride_dhl, stride_dhr, 0, 0, 0,
+        R, BLOCK_L, BLOCK_R, tl.float32, ACTIVATION, False, PRECISION,
+    )  # [BLOCK_M, BLOCK_R]  # fmt: skip
+    da_ptrs = da_ptr + tl.cast(piece, tl.int64) * rows * R + offs_r.to(tl.int64)[None, :] * rows + offs_m[:, None]
+    tl.store(da_ptrs, acc.to(da_ptr.dtype.element_ty), mask=(offs_m < rows)[:, None] & (offs_r < R)[None, :])
+
+
+def features_backward(
+    dH: Tensor,
+    W: Tensor | None,
+    Z: Tensor,
+    chain: Tensor | None,
+    activation: str,
+    dA_dtype: torch.dtype | None,
+    need_dchain: bool,
+) -> tuple[Tensor, Tensor]:
+    """dA = (W·dZ)ᵀ for W as stored (out) or transposed (in), and dchain; empty where it is not needed."""
+    dZ, dchain = dH, Z.new_empty(0)
+    through: str | None = activation
+    if chain is not None:
+        dZ, dchain = _through_chain(dH, Z, chain, activation, need_dchain)
+        through = None
+    if dA_dtype is None:
+        return Z.new_empty(0), dchain
+    assert W is not None
+    return _weight_gradient(dZ, W, Z, through, dA_dtype), dchain
+
+
+def _through_chain(
+    dH: Tensor, Z: Tensor, chain: Tensor, activation: str, need_dchain: bool
+) -> tuple[Tensor, Tensor]:
+    rows, r = Z.shape
+    config = launch.config("chain", Z.device, r, 4)
+    blocks = triton.cdiv(rows, config.block_m)
+    dZ = torch.empty_like(Z)
+    partial = Z.new_empty((blocks, *chain.shape)) if need_dchain else None
+    if blocks:
+        _chain_backward_kernel[(blocks,)](
+            dH,
+            Z,
+            chain,
+            dZ,
+            partial,
+            rows,
+            *dH.stride(),
+            R=r,
+            BLOCK_M=config.block_m,
+            BLOCK_R=launch.block_r(r),
+            ACTIVATION=activation,
+            DEPTH=chain.shape[0] // 2,
+            PRECISION=launch.branch_precision(Z.device),
+            NEED_DCHAIN=need_dchain,
+            num_warps=config.num_warps,
+        )
+    if partial is None:
+        return dZ, Z.new_empty(0)
+    return dZ, reduce(partial, torch.empty_like(chain))
+
+
+def _weight_gradient(dZ: Tensor, W: Tensor, Z: Tensor, activation: str | None, dtype: torch.dtype) -> Tensor:
+    """(W·(dZ∘σ'(Z)))ᵀ [r,rows] for W [rows,length]; dZ as it is where activation is None."""
+    (rows, length), r, device = W.shape, dZ.shape[1], W.device
+    config = launch.config(launch.walk(W), device, r, 4)
+    blocks = triton.cdiv(rows, config.block_m)
+    pieces, steps = launch.split(blocks, length, config.block_k, device)
+    dA = W.new_empty((r, rows), dtype=dtype)
+    partial = dA if pieces == 1 else W.new_empty((pieces, r, rows), dtype=torch.float32)
+    if rows == 0:
+        return dA
+    _weight_kernel[(blocks, pieces)](
+        W,
+        dZ,
+        Z,
+        partial,
+        rows,
+        length,
+        steps,
+        *W.stride(),
+        *dZ.stride(),
+        R=r,
+        BLOCK_M=config.block_m,
+        BLOCK_L=config.block_k,
+        BLOCK_R=launch.block_r(r),
+        ACTIVATION=activation,
+        PRECISION=launch.branch_precision(device),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return dA if pieces == 1 else reduce(partial, dA)

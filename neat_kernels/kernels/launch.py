@@ -1,0 +1,155 @@
+"""Launch configurations as data, and what a launch needs to know of its device.
+
+No configuration depends on the number of tokens: a batch of another size never compiles anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+
+class Target(NamedTuple):
+    """What configurations are chosen by: a family of devices and the number of its multiprocessors."""
+
+    arch: str
+    multiprocessors: int
+
+
+class Config(NamedTuple):
+    """Tile and launch of one kernel; block_k counts 2-byte operands, 4-byte ones take half."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+# Families by compute capability. 8.6, 8.9 and 12.0 share 99 KiB of shared memory a block, so an unknown device takes theirs.
+_ARCHS = {80: "sm_80", 87: "sm_80", 86: "sm_86", 89: "sm_86", 90: "sm_90", 100: "sm_100", 103: "sm_100", 120: "sm_86"}
+_FALLBACK_ARCH = "sm_86"
+
+# {stage: {arch: (r <= 32, larger r)}}. Chosen from offline compilation (registers, shared memory), not from timings.
+_CONFIGS: dict[str, dict[str, tuple[Config, Config]]] = {
+    # x·Wᵀ and dy·W with the low-rank product: tile [block_m, block_n].
+    "gemm": {
+        "sm_80": (Config(128, 128, 32, 8, 4), Config(128, 128, 32, 8, 3)),
+        "sm_86": (Config(128, 128, 32, 8, 3), Config(128, 128, 32, 8, 2)),
+        "sm_90": (Config(128, 256, 64, 8, 3), Config(128, 128, 64, 8, 3)),
+        "sm_100": (Config(128, 256, 64, 8, 3), Config(128, 128, 64, 8, 3)),
+        "gfx942": (Config(128, 128, 64, 8, 2), Config(128, 128, 32, 8, 2)),
+        "interpreter": (Config(32, 32, 32, 4, 1), Config(32, 32, 32, 4, 1)),
+    },
+    # The low-rank product alone, written for cuBLAS to accumulate onto: tile [block_m, block_n].
+    "branch": {
+        "default": (Config(64, 128, 64, 4, 1), Config(64, 64, 64, 4, 1)),
+        "interpreter": (Config(32, 32, 32, 4, 1), Config(32, 32, 32, 4, 1)),
+    },
+    # [block_m rows] of a tall matrix times a narrow one, block_k of the reduction at a time, contiguous along it.
+    "rows": {
+        "default": (Config(32, 0, 128, 4, 3), Config(32, 0, 64, 4, 2)),
+        "gfx942": (Config(32, 0, 128, 4, 2), Config(32, 0, 64, 4, 1)),
+        "interpreter": (Config(32, 0, 64, 4, 1), Config(32, 0, 64, 4, 1)),
+    },
+    # The same, contiguous along the rows: the reduction runs down the columns of the stored matrix.
+    "columns": {
+        "default": (Config(64, 0, 64, 4, 3), Config(64, 0, 64, 4, 2)),
+        "gfx942": (Config(64, 0, 64, 4, 2), Config(64, 0, 32, 4, 1)),
+        "interpreter": (Config(32, 0, 64, 4, 1), Config(32, 0, 64, 4, 1)),
+    },
+    # dS and dU from one tile [block_m, block_n] of dy.
+    "up_backward": {
+        "default": (Config(128, 64, 0, 4, 2), Config(64, 64, 0, 4, 2)),
+        "gfx942": (Config(128, 64, 0, 4, 1), Config(64, 32, 0, 4, 1)),
+        "interpreter": (Config(32, 32, 0, 4, 1), Config(32, 32, 0, 4, 1)),
+    },
+    # g and its backward on [block_m, r] tiles.
+    "chain": {
+        "default": (Config(32, 0, 0, 4, 1), Config(16, 0, 0, 8, 1)),
+        "interpreter": (Config(32, 0, 0, 4, 1), Config(32, 0, 0, 4, 1)),
+    },
+}
+
+
+@functools.cache
+def target(device: torch.device) -> Target:
+    """The family and size of a device; a CPU is Triton's interpreter."""
+    if device.type == "cpu":
+        return Target("interpreter", 2)
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return Target(properties.gcnArchName.partition(":")[0], properties.multi_processor_count)
+    arch = _ARCHS.get(10 * properties.major + properties.minor, _FALLBACK_ARCH)
+    return Target(arch, properties.multi_processor_count)
+
+
+def config(stage: str, device: torch.device, r: int, itemsize: int) -> Config:
+    """The configuration of a stage for operands of `itemsize` bytes."""
+    by_arch = _CONFIGS[stage]
+    found = by_arch.get(target(device).arch) or by_arch.get("default") or by_arch[_FALLBACK_ARCH]
+    chosen = found[r > 32]
+    return chosen if itemsize <= 2 else chosen._replace(block_k=max(16, chosen.block_k // 2))
+
+
+def block_r(r: int) -> int:
+    """Columns of a tile that holds r of them: tl.dot wants a power of two of at least 16."""
+    return max(16, triton.next_power_of_2(r))
+
+
+def walk(matrix: torch.Tensor) -> str:
+    """The stage of a product that reduces along the rows of `matrix`: by the dimension that is contiguous in memory."""
+    return "rows" if matrix.stride(1) == 1 else "columns"
+
+
+def split(blocks: int, length: int, block: int, device: torch.device) -> tuple[int, int]:
+    """(pieces, tiles in a piece) of a reduction over `length`, so that `blocks` of them fill the device about twice.
+
+    A piece keeps at least four tiles: shorter ones would write more partial sums than they read.
+    """
+    tiles = -(-length // block)
+    wanted = -(-2 * target(device).multiprocessors // max(1, blocks))
+    steps = max(1, -(-tiles // max(1, min(wanted, tiles // 4))))
+    return max(1, -(-tiles // steps)), steps
+
+
+def branch_precision(device: torch.device) -> str:
+    """How fp32 operands of the branch and the features are multiplied: to fp32 accuracy, on tensor cores where they are."""
+    return "tf32x3" if target(device).arch.startswith("sm_") else "ieee"
+
+
+def base_precision(device: torch.device) -> str:
+    """How the base GEMM multiplies fp32 operands: as torch's own would under its TF32 setting."""
+    if not target(device).arch.startswith("sm_"):
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def low_rank_first(device: torch.device) -> bool:
+    """Whether the accumulator of the GEMM starts from the low-rank product.
+
+    From sm_90 it must: ptxas serialises the wgmma of an 8-warp loop that starts from zeros (C7515, triton 3.6). Before,
+    the product comes last, where its operands do not occupy registers during the loop.
+    """
+    return target(device).arch in ("sm_90", "sm_100", "interpreter")
+
+
+@contextlib.contextmanager
+def on(device: torch.device) -> Iterator[None]:
+    """Launch on `device` and its current stream, whichever device is current outside."""
+    if device.type == "cpu":
+        from neat_kernels.kernels.interpreter import faithful
+
+        with faithful():
+            yield
+    else:
+        with torch.cuda.device(device):
+            yield
