@@ -49,6 +49,31 @@ def chain_forward(
 
 
 @triton.jit
+def _layer_backward(
+    dh,
+    h,
+    chain_ptr,
+    dchain_ptr,
+    i,
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    NEED_DCHAIN: tl.constexpr,
+):
+    """The gradient of h from dh, that of σ(h·Eᵀ) for the i-th matrix E; the tile's share of dE is stored."""
+    square = _square(chain_ptr, i, R, BLOCK_R)
+    da = act_backward(dh, _affine(h, square, PRECISION), ACTIVATION)
+    if NEED_DCHAIN:
+        offs_i = tl.arange(0, BLOCK_R)
+        offs_j = tl.arange(0, BLOCK_R)
+        dsquare = tl.dot(tl.trans(da), h, input_precision=PRECISION)  # [BLOCK_R, BLOCK_R]
+        mask = (offs_i < R)[:, None] & (offs_j < R)[None, :]
+        tl.store(dchain_ptr + i * R * R + offs_i[:, None] * R + offs_j[None, :], dsquare, mask=mask)
+    return tl.dot(da, square, input_precision=PRECISION)
+
+
+@triton.jit
 def chain_backward(
     dh,
     z,
@@ -63,20 +88,14 @@ def chain_backward(
 ):
     """dZ [BLOCK_M, BLOCK_R] from dH; the tile's share of dchain [2p,r,r] is stored at dchain_ptr."""
     trace = chain_forward(z, chain_ptr, R, BLOCK_R, DEPTH, ACTIVATION, PRECISION)
-    offs_i = tl.arange(0, BLOCK_R)
-    offs_j = tl.arange(0, BLOCK_R)
-    mask = (offs_i < R)[:, None] & (offs_j < R)[None, :]
     dskips = ()
-    for j in tl.static_range(2 * DEPTH):
-        i: tl.constexpr = 2 * DEPTH - 1 - j
-        square = _square(chain_ptr, i, R, BLOCK_R)
-        if i >= DEPTH:
-            dskips = dskips + (dh,)  # noqa: RUF005
-        da = act_backward(dh, _affine(trace[i], square, PRECISION), ACTIVATION)
-        if NEED_DCHAIN:
-            dsquare = tl.dot(tl.trans(da), trace[i], input_precision=PRECISION)  # [BLOCK_R, BLOCK_R]
-            tl.store(dchain_ptr + i * R * R + offs_i[:, None] * R + offs_j[None, :], dsquare, mask=mask)
-        dh = tl.dot(da, square, input_precision=PRECISION)
-        if i < DEPTH:
-            dh = dh + dskips[i]
+    for j in tl.static_range(2 * DEPTH - 1, DEPTH - 1, -1):
+        dskips = dskips + (dh,)  # noqa: RUF005
+        dh = _layer_backward(
+            dh, trace[j], chain_ptr, dchain_ptr, j, R, BLOCK_R, ACTIVATION, PRECISION, NEED_DCHAIN
+        )
+    for j in tl.static_range(DEPTH - 1, -1, -1):
+        dh = dskips[j] + _layer_backward(
+            dh, trace[j], chain_ptr, dchain_ptr, j, R, BLOCK_R, ACTIVATION, PRECISION, NEED_DCHAIN
+        )
     return act_backward(dh, z, ACTIVATION)

@@ -86,7 +86,7 @@ def _up_backward_kernel(
         tl.store(ds_ptr + tl.cast(piece, tl.int64) * M * R + offs_s, ds, mask=mask_s)
 
 
-@triton.jit(do_not_specialize=["size_s", "pieces", "rows", "blocks_s"])
+@triton.jit(do_not_specialize=["M", "pieces", "rows", "blocks_s"])
 def _finish_kernel(
     ds_partial_ptr,
     du_partial_ptr,
@@ -94,14 +94,14 @@ def _finish_kernel(
     ds_ptr,
     du_ptr,
     dbias_ptr,
-    size_s,
-    size_u,
-    size_b,
+    M,
+    N,
     pieces,
     rows,
     blocks_s,
     blocks_u,
     scaling,
+    R: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_PIECES: tl.constexpr,
     NEED_DS: tl.constexpr,
@@ -111,13 +111,13 @@ def _finish_kernel(
     pid = tl.program_id(0)
     if NEED_DS:
         if pid < blocks_s:
-            sum_block(ds_partial_ptr, ds_ptr, pid, size_s, pieces, scaling, BLOCK, BLOCK_PIECES)
+            sum_block(ds_partial_ptr, ds_ptr, pid, tl.cast(M, tl.int64) * R, pieces, scaling, BLOCK, BLOCK_PIECES)
     if NEED_DU:
         if (pid >= blocks_s) & (pid < blocks_s + blocks_u):
-            sum_block(du_partial_ptr, du_ptr, pid - blocks_s, size_u, rows, scaling, BLOCK, BLOCK_PIECES)
+            sum_block(du_partial_ptr, du_ptr, pid - blocks_s, N * R, rows, scaling, BLOCK, BLOCK_PIECES)
     if NEED_DBIAS:
         if pid >= blocks_s + blocks_u:
-            sum_block(dbias_partial_ptr, dbias_ptr, pid - blocks_s - blocks_u, size_b, rows, 1.0, BLOCK, BLOCK_PIECES)
+            sum_block(dbias_partial_ptr, dbias_ptr, pid - blocks_s - blocks_u, N, rows, 1.0, BLOCK, BLOCK_PIECES)
 
 
 def up_backward(
@@ -172,17 +172,18 @@ def up_backward(
         None if dup_dtype is None else dy.new_empty((N, r), dtype=dup_dtype),
         None if dbias_dtype is None else dy.new_empty((N,), dtype=dbias_dtype),
     )
-    sizes = [0 if t is None else t.numel() for t in out]
-    blocks = [triton.cdiv(size, BLOCK) for size in sizes]
+    blocks = [0 if t is None else triton.cdiv(t.numel(), BLOCK) for t in out]
     if sum(blocks):
         _finish_kernel[(sum(blocks),)](
             *sums,
             *out,
-            *sizes,
+            M,
+            N,
             pieces,
             rows,
             *blocks[:2],
             scaling,
+            R=r,
             BLOCK=BLOCK,
             BLOCK_PIECES=BLOCK_PIECES,
             num_warps=4,
