@@ -13,18 +13,18 @@ from neat_kernels.kernels.activations import act_backward, act_forward
 
 
 @triton.jit
-def _square(chain_ptr, i, R: tl.constexpr, BLOCK_R: tl.constexpr):
-    """The i-th r×r matrix of the chain [BLOCK_R, BLOCK_R], zero beyond r."""
-    offs_i = tl.arange(0, BLOCK_R)
-    offs_j = tl.arange(0, BLOCK_R)
-    mask = (offs_i < R)[:, None] & (offs_j < R)[None, :]
-    return tl.load(chain_ptr + i * R * R + offs_i[:, None] * R + offs_j[None, :], mask=mask, other=0.0).to(tl.float32)
+def _square(chain_ptr, i, stride_row, stride_column, R: tl.constexpr, BLOCK_R: tl.constexpr):
+    """The i-th r×r matrix of the chain, or its transpose by the strides [BLOCK_R, BLOCK_R], zero beyond r."""
+    offs = tl.arange(0, BLOCK_R)
+    mask = (offs < R)[:, None] & (offs < R)[None, :]
+    ptrs = chain_ptr + i * R * R + offs[:, None] * stride_row + offs[None, :] * stride_column
+    return tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _affine(h, square, PRECISION: tl.constexpr):
-    """h·Eᵀ."""
-    return tl.dot(h, tl.trans(square), input_precision=PRECISION)
+def _affine(h, chain_ptr, i, R: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr):
+    """h·Eᵀ for the i-th matrix E."""
+    return tl.dot(h, _square(chain_ptr, i, 1, R, R, BLOCK_R), input_precision=PRECISION)
 
 
 @triton.jit
@@ -37,21 +37,25 @@ def chain_forward(
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Every h from σ(Z) to H, 1 + 2p tiles [BLOCK_M, BLOCK_R]."""
-    trace = (act_forward(z, ACTIVATION),)
+    """Every h from σ(Z) to H and every argument of σ from Z on, 1 + 2p tiles [BLOCK_M, BLOCK_R] of each."""
+    hs = (act_forward(z, ACTIVATION),)
+    zs = (z,)
     for i in tl.static_range(DEPTH):
-        a = _affine(trace[i], _square(chain_ptr, i, R, BLOCK_R), PRECISION)
-        trace = trace + (act_forward(a, ACTIVATION),)  # noqa: RUF005  (triton has no unpacking)
+        a = _affine(hs[i], chain_ptr, i, R, BLOCK_R, PRECISION)
+        zs = zs + (a,)  # noqa: RUF005  (triton has no unpacking)
+        hs = hs + (act_forward(a, ACTIVATION),)  # noqa: RUF005
     for i in tl.static_range(DEPTH):
-        a = _affine(trace[DEPTH + i], _square(chain_ptr, DEPTH + i, R, BLOCK_R), PRECISION)
-        trace = trace + (act_forward(a, ACTIVATION) + trace[DEPTH - 1 - i],)  # noqa: RUF005
-    return trace
+        a = _affine(hs[DEPTH + i], chain_ptr, DEPTH + i, R, BLOCK_R, PRECISION)
+        zs = zs + (a,)  # noqa: RUF005
+        hs = hs + (act_forward(a, ACTIVATION) + hs[DEPTH - 1 - i],)  # noqa: RUF005
+    return hs, zs
 
 
 @triton.jit
 def _layer_backward(
     dh,
     h,
+    a,
     chain_ptr,
     dchain_ptr,
     i,
@@ -61,16 +65,14 @@ def _layer_backward(
     PRECISION: tl.constexpr,
     NEED_DCHAIN: tl.constexpr,
 ):
-    """The gradient of h from dh, that of σ(h·Eᵀ) for the i-th matrix E; the tile's share of dE is stored."""
-    square = _square(chain_ptr, i, R, BLOCK_R)
-    da = act_backward(dh, _affine(h, square, PRECISION), ACTIVATION)
+    """The gradient of h from dh, that of σ(a) for a = h·Eᵀ and the i-th matrix E; the tile's share of dE is stored."""
+    da = act_backward(dh, a, ACTIVATION)
     if NEED_DCHAIN:
-        offs_i = tl.arange(0, BLOCK_R)
-        offs_j = tl.arange(0, BLOCK_R)
+        offs = tl.arange(0, BLOCK_R)
+        mask = (offs < R)[:, None] & (offs < R)[None, :]
         dsquare = tl.dot(tl.trans(da), h, input_precision=PRECISION)  # [BLOCK_R, BLOCK_R]
-        mask = (offs_i < R)[:, None] & (offs_j < R)[None, :]
-        tl.store(dchain_ptr + i * R * R + offs_i[:, None] * R + offs_j[None, :], dsquare, mask=mask)
-    return tl.dot(da, square, input_precision=PRECISION)
+        tl.store(dchain_ptr + i * R * R + offs[:, None] * R + offs[None, :], dsquare, mask=mask)
+    return tl.dot(da, _square(chain_ptr, i, R, 1, R, BLOCK_R), input_precision=PRECISION)
 
 
 @triton.jit
@@ -87,15 +89,15 @@ def chain_backward(
     NEED_DCHAIN: tl.constexpr,
 ):
     """dZ [BLOCK_M, BLOCK_R] from dH; the tile's share of dchain [2p,r,r] is stored at dchain_ptr."""
-    trace = chain_forward(z, chain_ptr, R, BLOCK_R, DEPTH, ACTIVATION, PRECISION)
+    hs, zs = chain_forward(z, chain_ptr, R, BLOCK_R, DEPTH, ACTIVATION, PRECISION)
     dskips = ()
     for j in tl.static_range(2 * DEPTH - 1, DEPTH - 1, -1):
         dskips = dskips + (dh,)  # noqa: RUF005
         dh = _layer_backward(
-            dh, trace[j], chain_ptr, dchain_ptr, j, R, BLOCK_R, ACTIVATION, PRECISION, NEED_DCHAIN
+            dh, hs[j], zs[j + 1], chain_ptr, dchain_ptr, j, R, BLOCK_R, ACTIVATION, PRECISION, NEED_DCHAIN
         )
     for j in tl.static_range(DEPTH - 1, -1, -1):
         dh = dskips[j] + _layer_backward(
-            dh, trace[j], chain_ptr, dchain_ptr, j, R, BLOCK_R, ACTIVATION, PRECISION, NEED_DCHAIN
+            dh, hs[j], zs[j + 1], chain_ptr, dchain_ptr, j, R, BLOCK_R, ACTIVATION, PRECISION, NEED_DCHAIN
         )
     return act_backward(dh, z, ACTIVATION)

@@ -55,8 +55,8 @@ def _project_kernel(
     mask = (offs_m < rows)[:, None] & (offs_r < R)[None, :]
     tl.store(z_ptr + tl.cast(piece, tl.int64) * rows * R + offs, z, mask=mask)
     if not SPLIT:
-        trace = chain_forward(z, chain_ptr, R, BLOCK_R, DEPTH, ACTIVATION, PRECISION)
-        tl.store(h_ptr + offs, trace[2 * DEPTH], mask=mask)
+        hs, _ = chain_forward(z, chain_ptr, R, BLOCK_R, DEPTH, ACTIVATION, PRECISION)
+        tl.store(h_ptr + offs, hs[2 * DEPTH], mask=mask)
 
 
 @triton.jit
@@ -82,8 +82,8 @@ def _finish_kernel(
     for piece in range(0, pieces):
         z += tl.load(partial_ptr + tl.cast(piece, tl.int64) * rows * R + offs, mask=mask, other=0.0)
     tl.store(z_ptr + offs, z, mask=mask)
-    trace = chain_forward(z, chain_ptr, R, BLOCK_R, DEPTH, ACTIVATION, PRECISION)
-    tl.store(h_ptr + offs, trace[2 * DEPTH], mask=mask)
+    hs, _ = chain_forward(z, chain_ptr, R, BLOCK_R, DEPTH, ACTIVATION, PRECISION)
+    tl.store(h_ptr + offs, hs[2 * DEPTH], mask=mask)
 
 
 def forward(

@@ -146,7 +146,7 @@ def gemm(
     """C [M,N] in A's dtype, contiguous; P must be contiguous, B in A's dtype."""
     (M, K), N, r = A.shape, B.shape[1], P.shape[1]
     C = A.new_empty((M, N))
-    config = launch.config("gemm", A.device, r, A.element_size())
+    config = launch.config("gemm" if seed is None else "gemm dropout", A.device, r, A.element_size())
     blocks = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
     if blocks == 0:
         return C

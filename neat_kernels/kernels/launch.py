@@ -49,6 +49,15 @@ _CONFIGS: dict[str, dict[str, tuple[Config, Config]]] = {
         "gfx942": (Config(128, 128, 64, 8, 2), Config(128, 128, 32, 8, 2)),
         "interpreter": (Config(32, 32, 32, 4, 1), Config(32, 32, 32, 4, 1)),
     },
+    # The same with a dropout mask, whose ten rounds of Philox an element take registers.
+    "gemm dropout": {
+        "sm_80": (Config(128, 64, 32, 8, 4), Config(128, 64, 32, 8, 3)),
+        "sm_86": (Config(128, 64, 32, 8, 3), Config(128, 64, 32, 8, 2)),
+        "sm_90": (Config(128, 128, 64, 8, 3), Config(128, 128, 64, 8, 3)),
+        "sm_100": (Config(128, 128, 64, 8, 3), Config(128, 128, 64, 8, 3)),
+        "gfx942": (Config(128, 64, 64, 8, 2), Config(128, 64, 32, 8, 2)),
+        "interpreter": (Config(32, 32, 32, 4, 1), Config(32, 32, 32, 4, 1)),
+    },
     # The low-rank product alone, written for cuBLAS to accumulate onto: tile [block_m, block_n].
     "branch": {
         "default": (Config(64, 128, 64, 4, 1), Config(64, 64, 64, 4, 1)),
@@ -66,15 +75,27 @@ _CONFIGS: dict[str, dict[str, tuple[Config, Config]]] = {
         "gfx942": (Config(64, 0, 64, 4, 2), Config(64, 0, 32, 4, 1)),
         "interpreter": (Config(32, 0, 64, 4, 1), Config(32, 0, 64, 4, 1)),
     },
+    # The same with a dropout mask: tiles of 32 rows take mma.sync, since wgmma would be serialised by the mask (C7515).
+    "columns dropout": {
+        "default": (Config(32, 0, 64, 4, 3), Config(32, 0, 64, 4, 2)),
+        "gfx942": (Config(32, 0, 64, 4, 2), Config(32, 0, 32, 4, 1)),
+        "interpreter": (Config(32, 0, 64, 4, 1), Config(32, 0, 64, 4, 1)),
+    },
     # dS and dU from one tile [block_m, block_n] of dy.
     "up_backward": {
         "default": (Config(128, 64, 0, 4, 2), Config(64, 64, 0, 4, 2)),
         "gfx942": (Config(128, 64, 0, 4, 1), Config(64, 32, 0, 4, 1)),
         "interpreter": (Config(32, 32, 0, 4, 1), Config(32, 32, 0, 4, 1)),
     },
+    # The same where the branch is fp32 over a half dy.
+    "up_backward fp32": {
+        "default": (Config(64, 32, 0, 4, 2), Config(32, 32, 0, 4, 2)),
+        "gfx942": (Config(64, 32, 0, 4, 1), Config(32, 32, 0, 4, 1)),
+        "interpreter": (Config(32, 32, 0, 4, 1), Config(32, 32, 0, 4, 1)),
+    },
     # g and its backward on [block_m, r] tiles.
     "chain": {
-        "default": (Config(32, 0, 0, 4, 1), Config(16, 0, 0, 8, 1)),
+        "default": (Config(32, 0, 0, 4, 1), Config(16, 0, 0, 16, 1)),
         "interpreter": (Config(32, 0, 0, 4, 1), Config(32, 0, 0, 4, 1)),
     },
 }
