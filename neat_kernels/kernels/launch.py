@@ -95,7 +95,7 @@ _CONFIGS: dict[str, dict[str, tuple[Config, Config]]] = {
     },
     # g and its backward on [block_m, r] tiles.
     "chain": {
-        "default": (Config(32, 0, 0, 4, 1), Config(16, 0, 0, 16, 1)),
+        "default": (Config(32, 0, 0, 4, 1), Config(16, 0, 0, 8, 1)),
         "interpreter": (Config(32, 0, 0, 4, 1), Config(32, 0, 0, 4, 1)),
     },
 }

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 1024
+BLOCK = 512
 # Partial sums read at a time: enough loads in flight to hide their latency.
 BLOCK_PIECES = 8
 
