@@ -76,7 +76,9 @@ def _features_backward(
     need_dchain: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return _implementation("features", backend).backward(dH, weight, Z, chain, orientation, activation, dA_dtype, need_dchain)
+    return _implementation("features", backend).backward(
+        dH, weight, Z, chain, orientation, activation, dA_dtype, need_dchain
+    )
 
 
 def _features_backward_fake(
@@ -110,7 +112,9 @@ def _low_rank_linear(
     compute_dtype: torch.dtype | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return _implementation("low_rank", backend).forward(x, weight, bias, down, up, seed, Branch(scaling, dropout, compute_dtype, backend))
+    return _implementation("low_rank", backend).forward(
+        x, weight, bias, down, up, seed, Branch(scaling, dropout, compute_dtype, backend)
+    )
 
 
 def _low_rank_linear_fake(

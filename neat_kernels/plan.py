@@ -91,8 +91,8 @@ def choose_backend(requested: str, device: torch.device, dtypes: tuple[torch.dty
         r: rank.
 
     Returns:
-        The name of a backend that can run. "auto" takes "triton" on a GPU where it can run, else "torch"; on a CPU, where
-        Triton has only its interpreter, always "torch".
+        The name of a backend that can run. "auto" takes "triton" on a GPU where that can run, else "torch"; on a CPU,
+        where Triton has only its interpreter, always "torch".
 
     Raises:
         ValueError: `requested` is no backend.
@@ -110,7 +110,7 @@ def choose_backend(requested: str, device: torch.device, dtypes: tuple[torch.dty
 
 
 def choose_gemm(device: torch.device, dtype: torch.dtype, length: int) -> str:
-    """"fused" or "cublas": how the Triton backend runs a base GEMM that reduces over `length`.
+    """How the Triton backend runs a base GEMM that reduces over `length`: "fused" or "cublas".
 
     fp32 goes to cuBLAS, which follows torch's TF32 setting and has the faster IEEE kernels.
     """

@@ -42,12 +42,12 @@ def chain_forward(
     zs = (z,)
     for i in tl.static_range(DEPTH):
         a = _affine(hs[i], chain_ptr, i, R, BLOCK_R, PRECISION)
-        zs = zs + (a,)  # noqa: RUF005  (triton has no unpacking)
-        hs = hs + (act_forward(a, ACTIVATION),)  # noqa: RUF005
+        zs = zs + (a,)
+        hs = hs + (act_forward(a, ACTIVATION),)
     for i in tl.static_range(DEPTH):
         a = _affine(hs[DEPTH + i], chain_ptr, DEPTH + i, R, BLOCK_R, PRECISION)
-        zs = zs + (a,)  # noqa: RUF005
-        hs = hs + (act_forward(a, ACTIVATION) + hs[DEPTH - 1 - i],)  # noqa: RUF005
+        zs = zs + (a,)
+        hs = hs + (act_forward(a, ACTIVATION) + hs[DEPTH - 1 - i],)
     return hs, zs
 
 
@@ -92,7 +92,7 @@ def chain_backward(
     hs, zs = chain_forward(z, chain_ptr, R, BLOCK_R, DEPTH, ACTIVATION, PRECISION)
     dskips = ()
     for j in tl.static_range(2 * DEPTH - 1, DEPTH - 1, -1):
-        dskips = dskips + (dh,)  # noqa: RUF005
+        dskips = dskips + (dh,)
         dh = _layer_backward(
             dh, hs[j], zs[j + 1], chain_ptr, dchain_ptr, j, R, BLOCK_R, ACTIVATION, PRECISION, NEED_DCHAIN
         )

@@ -1,6 +1,6 @@
 """The down stage: S = x̃·D, x̃ = x ∘ mask / (1 - p) under dropout, else x.
 
-x [M,K], D [K,r] → S [M,r] in the branch dtype c, to which D is rounded first. Reads x once, and D once per BLOCK_M rows.
+x [M,K], D [K,r] → S [M,r] in the branch dtype c, to which D is rounded first. Reads x once.
 """
 
 import torch

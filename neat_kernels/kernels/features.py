@@ -17,7 +17,6 @@ from neat_kernels.kernels.skinny import tall_times_narrow
 from neat_kernels.vocabulary import HALF_DTYPES
 
 
-
 @triton.jit
 def _project_kernel(
     w_ptr,
@@ -48,7 +47,8 @@ def _project_kernel(
     first = piece * steps * BLOCK_L
     last = tl.minimum(first + steps * BLOCK_L, length)
     z = tall_times_narrow(
-        w_ptr, a_ptr, None, None, offs_m, rows, length, first, last, stride_wm, stride_wl, stride_al, stride_ar, 0, 0, 0,
+        w_ptr, a_ptr, None, None, offs_m, rows, length, first, last,
+        stride_wm, stride_wl, stride_al, stride_ar, 0, 0, 0,
         R, BLOCK_L, BLOCK_R, COMPUTE, None, False, PRECISION,
     )  # [BLOCK_M, BLOCK_R]  # fmt: skip
     offs = offs_m.to(tl.int64)[:, None] * R + offs_r[None, :]
@@ -79,7 +79,7 @@ def _finish_kernel(
     offs = offs_m.to(tl.int64)[:, None] * R + offs_r[None, :]
     mask = (offs_m < rows)[:, None] & (offs_r < R)[None, :]
     z = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for piece in range(0, pieces):
+    for piece in range(pieces):
         z += tl.load(partial_ptr + tl.cast(piece, tl.int64) * rows * R + offs, mask=mask, other=0.0)
     tl.store(z_ptr + offs, z, mask=mask)
     hs, _ = chain_forward(z, chain_ptr, R, BLOCK_R, DEPTH, ACTIVATION, PRECISION)

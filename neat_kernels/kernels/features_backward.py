@@ -76,7 +76,8 @@ def _weight_kernel(
     first = piece * steps * BLOCK_L
     last = tl.minimum(first + steps * BLOCK_L, length)
     acc = tall_times_narrow(
-        w_ptr, dh_ptr, z_ptr, None, offs_m, rows, length, first, last, stride_wm, stride_wl, stride_dhl, stride_dhr, 0, 0, 0,
+        w_ptr, dh_ptr, z_ptr, None, offs_m, rows, length, first, last,
+        stride_wm, stride_wl, stride_dhl, stride_dhr, 0, 0, 0,
         R, BLOCK_L, BLOCK_R, tl.float32, ACTIVATION, False, PRECISION,
     )  # [BLOCK_M, BLOCK_R]  # fmt: skip
     da_ptrs = da_ptr + tl.cast(piece, tl.int64) * rows * R + offs_r.to(tl.int64)[None, :] * rows + offs_m[:, None]
@@ -104,9 +105,7 @@ def features_backward(
     return _weight_gradient(dZ, W, Z, through, dA_dtype), dchain
 
 
-def _through_chain(
-    dH: Tensor, Z: Tensor, chain: Tensor, activation: str, need_dchain: bool
-) -> tuple[Tensor, Tensor]:
+def _through_chain(dH: Tensor, Z: Tensor, chain: Tensor, activation: str, need_dchain: bool) -> tuple[Tensor, Tensor]:
     rows, r = Z.shape
     config = launch.config("chain", Z.device, r, 4)
     blocks = triton.cdiv(rows, config.block_m)

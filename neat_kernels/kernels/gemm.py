@@ -6,7 +6,6 @@ A [M,K], B [K,N] with any strides (Wᵀ or W), P [M,r], Q [N,r] in any float dty
 Reads A and B once per tile column and row of C (neighbouring tiles share them in the L2 cache), writes C once.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -98,9 +97,7 @@ def _gemm_kernel(
     BRANCH_PRECISION: tl.constexpr,
 ):
     blocks_m, blocks_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    pid_m, pid_n = tl.swizzle2d(
-        tl.program_id(0) // blocks_n, tl.program_id(0) % blocks_n, blocks_m, blocks_n, GROUP_M
-    )
+    pid_m, pid_n = tl.swizzle2d(tl.program_id(0) // blocks_n, tl.program_id(0) % blocks_n, blocks_m, blocks_n, GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)

@@ -1,8 +1,8 @@
 """Make Triton's interpreter right for bf16, which it computes on as if the bit patterns were integers.
 
-With TRITON_INTERPRET=1 kernels run on CPU tensors as numpy code. There `tl.dot`, arithmetic and reductions on bf16 work on
-uint16 patterns, and casts to bf16 truncate. Inside `faithful`, dots and casts are right and bf16 arithmetic is refused, so
-that a kernel either computes what a GPU would or raises. Checked with triton 3.6.0, 3.7.1 and 3.9.0.
+With TRITON_INTERPRET=1 kernels run on CPU tensors as numpy code. There `tl.dot`, arithmetic and reductions on bf16 work
+on uint16 patterns, and casts to bf16 truncate. Inside `faithful`, dots and casts are right and bf16 arithmetic is
+refused, so that a kernel either computes what a GPU would or raises. Checked with triton 3.6.0, 3.7.1 and 3.9.0.
 """
 
 from __future__ import annotations

@@ -34,7 +34,8 @@ class Config(NamedTuple):
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
-# Families by compute capability. 8.6, 8.9 and 12.0 share 99 KiB of shared memory a block, so an unknown device takes theirs.
+# Families by compute capability. 8.6, 8.9 and 12.0 have 99 KiB of shared memory a block, the least of all: an unknown
+# device takes theirs.
 _ARCHS = {80: "sm_80", 87: "sm_80", 86: "sm_86", 89: "sm_86", 90: "sm_90", 100: "sm_100", 103: "sm_100", 120: "sm_86"}
 _FALLBACK_ARCH = "sm_86"
 
@@ -143,7 +144,7 @@ def split(blocks: int, length: int, block: int, device: torch.device) -> tuple[i
 
 
 def branch_precision(device: torch.device) -> str:
-    """How fp32 operands of the branch and the features are multiplied: to fp32 accuracy, on tensor cores where they are."""
+    """How fp32 operands of the branch and the features are multiplied: to fp32 accuracy, on tensor cores if any."""
     return "tf32x3" if target(device).arch.startswith("sm_") else "ieee"
 
 

@@ -36,11 +36,11 @@ def tall_times_narrow(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """fp32 [len(offs_m), BLOCK_R] = V[offs_m, first:last]·Q[first:last, :r], zero beyond r; last - first is
-    a multiple of BLOCK_L unless last is length.
+    """fp32 [len(offs_m), BLOCK_R] = V[offs_m, first:last]·Q[first:last, :r], zero beyond r.
 
-    ACTIVATION, if not None: Q is dH and is multiplied by σ'(Z), Z [length, r] contiguous. DROPOUT: V is masked; element
-    (m, l) of V has index m·index_m + l·index_l. Both operands are rounded to COMPUTE.
+    last - first is a multiple of BLOCK_L unless last is length. ACTIVATION, if not None: Q is dH and is multiplied by
+    σ'(Z), Z [length, r] contiguous. DROPOUT: V is masked; its element (m, l) has index m·index_m + l·index_l. Both
+    operands are rounded to COMPUTE.
     """
     offs_l = first + tl.arange(0, BLOCK_L)
     offs_r = tl.arange(0, BLOCK_R)
