@@ -63,10 +63,13 @@ def _device_obstacle(device: torch.device) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 def device_obstacle(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on tensors of this device, or None."""
     return _device_obstacle(device)
+
+
+# What torch.compiler.assume_constant_result does; calling it would import torch._dynamo along with this package.
+device_obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def triton_obstacle(device: torch.device, dtypes: tuple[torch.dtype, ...], r: int) -> str | None:
