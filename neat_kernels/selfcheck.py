@@ -11,7 +11,7 @@ from torch import Tensor
 
 from neat_kernels import functional, reference
 from neat_kernels.environment import devices
-from neat_kernels.plan import available_backends
+from neat_kernels.plan import available_backends, device_obstacle
 
 TOKENS, OUT_FEATURES, IN_FEATURES, RANK = 37, 80, 56, 5
 SCALING = 0.7
@@ -74,11 +74,8 @@ def self_check() -> Iterator[Outcome]:
 
 
 def backend_devices(backend: str) -> list[torch.device]:
-    """The devices that a backend computes on: Triton's are accelerators, one named cpu has the CPU alone."""
-    there = devices()
-    if backend == "triton":
-        return [device for device in there if device.type != "cpu"]
-    return [device for device in there if device.type == "cpu"] if backend == "cpu" else there
+    """The devices that a backend computes on."""
+    return [device for device in devices() if backend != "triton" or device_obstacle(device) is None]
 
 
 def check(outcome: Outcome) -> Outcome:
