@@ -120,9 +120,7 @@ def _features(
     rows, length = W.shape
     depth = 0 if chain is None else chain.shape[0] // 2
     compute = weight.dtype if weight.dtype == A.dtype and A.dtype in HALF_DTYPES else torch.float32
-    config = launch.config(launch.walk(W), device, r, compute.itemsize)
-    blocks = triton.cdiv(rows, config.block_m)
-    pieces, steps = launch.split(blocks, length, config.block_k, device)
+    config, blocks, pieces, steps = launch.walk(W, r, compute.itemsize)
     Z, H = (weight.new_empty((rows, r), dtype=torch.float32) for _ in range(2))
     if rows == 0:
         return H, Z

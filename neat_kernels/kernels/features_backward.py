@@ -137,9 +137,7 @@ def _through_chain(dH: Tensor, Z: Tensor, chain: Tensor, activation: str, need_d
 def _weight_gradient(dZ: Tensor, W: Tensor, Z: Tensor, activation: str | None, dtype: torch.dtype) -> Tensor:
     """(W·(dZ∘σ'(Z)))ᵀ [r,rows] for W [rows,length]; dZ as it is where activation is None."""
     (rows, length), r, device = W.shape, dZ.shape[1], W.device
-    config = launch.config(launch.walk(W), device, r, 4)
-    blocks = triton.cdiv(rows, config.block_m)
-    pieces, steps = launch.split(blocks, length, config.block_k, device)
+    config, blocks, pieces, steps = launch.walk(W, r, 4)
     dA = W.new_empty((r, rows), dtype=dtype)
     partial = dA if pieces == 1 else W.new_empty((pieces, r, rows), dtype=torch.float32)
     if rows == 0:

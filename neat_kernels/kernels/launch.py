@@ -127,11 +127,6 @@ def block_r(r: int) -> int:
     return max(16, triton.next_power_of_2(r))
 
 
-def walk(matrix: torch.Tensor) -> str:
-    """The stage of a product that reduces along the rows of `matrix`: by the dimension that is contiguous in memory."""
-    return "rows" if matrix.stride(1) == 1 else "columns"
-
-
 def split(blocks: int, length: int, block: int, device: torch.device) -> tuple[int, int]:
     """(pieces, tiles in a piece) of a reduction over `length`, so that `blocks` of them fill the device about twice.
 
@@ -141,6 +136,29 @@ def split(blocks: int, length: int, block: int, device: torch.device) -> tuple[i
     wanted = -(-2 * target(device).multiprocessors // max(1, blocks))
     steps = max(1, -(-tiles // max(1, min(wanted, tiles // 4))))
     return max(1, -(-tiles // steps)), steps
+
+
+class Walk(NamedTuple):
+    """How a product with a stored matrix reduces along its rows: programs, and pieces of the reduction in tiles."""
+
+    config: Config
+    blocks: int
+    pieces: int
+    steps: int
+
+
+def walk(matrix: torch.Tensor, r: int, itemsize: int) -> Walk:
+    """The walk for matrix [rows, length] times a narrow one, by the dimension that is contiguous in memory.
+
+    Along contiguous rows the tiles are short enough to fill a device in one piece, which saves a launch.
+    """
+    rows, length = matrix.shape
+    stage = "rows" if matrix.stride(1) == 1 else "columns"
+    chosen = config(stage, matrix.device, r, itemsize)
+    blocks = -(-rows // chosen.block_m)
+    if stage == "rows":
+        return Walk(chosen, blocks, 1, max(1, -(-length // chosen.block_k)))
+    return Walk(chosen, blocks, *split(blocks, length, chosen.block_k, matrix.device))
 
 
 def branch_precision(device: torch.device) -> str:

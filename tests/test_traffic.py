@@ -1,0 +1,191 @@
+"""What a training step launches on a GPU, and which matrices each launch is given, seen under a fake driver."""
+
+from collections import Counter
+
+import pytest
+import torch
+from budget import draw_case
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("triton")
+import neat_kernels as nk
+from benchmarks.gate.fake_driver import capture
+from neat_kernels.vocabulary import ORIENTATIONS
+
+# Large enough for every reduction over rows to be split, 16-byte aligned.
+M, N, K, R = 512, 1024, 1536, 16
+
+# Operators that launch nothing: memory and views.
+_FREE = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "detach",
+    "t",
+    "transpose",
+    "view",
+    "_unsafe_view",
+    "alias",
+}
+
+
+class Launches(TorchDispatchMode):
+    """Names of the torch operators inside the package's own that would launch a kernel on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "neat_kernels":
+            with self:  # the kernel itself, since a call of the operator would come back here
+                return getattr(nk.ops, f"_{func._opname}")(*args)
+        if func._opname == "addmm_":  # a CPU may take seconds for it, and nobody looks at the result
+            self.seen.append(func._opname)
+            return args[0]
+        result = func(*args, **(kwargs or {}))
+        if func._opname not in _FREE and result is not args[0]:  # a cast to its own dtype launches nothing
+            self.seen.append(func._opname)
+        return result
+
+
+@pytest.fixture(params=["fused", "cublas"])
+def plan(request, monkeypatch):
+    monkeypatch.setattr("neat_kernels.plan.choose_gemm", lambda device, dtype, length: request.param)
+    monkeypatch.setattr("neat_kernels.plan.device_obstacle", lambda device: None)
+    return request.param
+
+
+def training_step(case):
+    """Forward and backward of a layer whose A, B, chain and input need gradients."""
+    leaves = [case.x, case.A, case.B, *case.encoders, *case.decoders]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    more = {"encoders": case.encoders, "decoders": case.decoders, "backend": "triton", **case.options}
+    y = nk.functional.neat_linear(case.x, case.weight, case.A, case.B, case.bias, **more)
+    torch.autograd.grad(y, leaves, case.dy)
+
+
+def case_of(tokens=M, **options):
+    return draw_case(tokens, N, K, R, dtype=torch.bfloat16, adapter_dtype=torch.float32, **options)
+
+
+def observe(case, target="sm_90"):
+    with capture(target) as launches, Launches() as torch_side:
+        training_step(case)
+    return launches, torch_side.seen
+
+
+TOKEN_SIDE = {
+    "fused": {
+        "down._down_kernel": 1,
+        "gemm._gemm_kernel": 2,
+        "up_backward._up_backward_kernel": 1,
+        "up_backward._finish_kernel": 1,
+        "down_backward._down_backward_kernel": 1,
+    },
+    "cublas": {
+        "down._down_kernel": 1,
+        "branch._branch_kernel": 2,
+        "up_backward._up_backward_kernel": 1,
+        "up_backward._finish_kernel": 1,
+        "down_backward._down_backward_kernel": 1,
+    },
+}
+# Kernels of the features and second stages of the reductions, the token side's one among them.
+WEIGHT_SIDE = {
+    ("out", 0): {
+        "features._project_kernel": 1,
+        "features._finish_kernel": 1,
+        "features_backward._weight_kernel": 1,
+        "reduce._reduce_kernel": 1,
+    },
+    ("in", 0): {
+        "features._project_kernel": 1,
+        "features_backward._weight_kernel": 1,
+        "reduce._reduce_kernel": 2,
+    },
+}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_launches_of_a_training_step(plan, orientation, dropout):
+    case = case_of(orientation=orientation, dropout=dropout, training=True)
+    launches, torch_side = observe(case)
+    counted = Counter(launch.kernel for launch in launches)
+    assert counted == Counter(TOKEN_SIDE[plan]) + Counter(WEIGHT_SIDE[orientation, 0])
+    # cuBLAS runs twice; nothing else of torch's runs, but the draw of a dropout seed.
+    assert torch_side == (["randint"] if dropout else []) + (["addmm_", "addmm_"] if plan == "cublas" else [])
+    assert len(launches) + torch_side.count("addmm_") <= 12
+
+
+def test_launches_with_features_given(plan):
+    x, weight = torch.randn(M, K, dtype=torch.bfloat16), torch.randn(N, K, dtype=torch.bfloat16)
+    down, up = torch.randn(K, R), torch.randn(N, R)
+    leaves = [t.requires_grad_() for t in (x, down, up)]
+    with capture("sm_90") as launches, Launches() as torch_side:
+        y = nk.functional.low_rank_linear(*leaves[:1], weight, *leaves[1:], backend="triton")
+        torch.autograd.grad(y, leaves, torch.ones_like(y))
+    torch_side.seen.remove("ones_like")
+    assert len(launches) + len(torch_side.seen) == {"fused": 7, "cublas": 9}[plan]
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_a_chain_adds_two_launches_whatever_its_depth(plan, orientation):
+    counts = [len(observe(case_of(orientation=orientation, depth=depth, activation="tanh"))[0]) for depth in (0, 1, 3)]
+    assert counts[1] == counts[2] == counts[0] + 2
+
+
+def large(launch, case):
+    """Names of the operands of W's, x's or dy's size that a launch is given."""
+    smallest = min(case.x.numel(), case.dy.numel(), case.weight.numel())
+    return sorted(name for name, t in launch.tensors.items() if t.numel() >= smallest)
+
+
+OPERANDS = {
+    "down._down_kernel": [["x_ptr"]],
+    "gemm._gemm_kernel": [["a_ptr", "b_ptr", "c_ptr"]] * 2,
+    "up_backward._up_backward_kernel": [["dy_ptr"]],
+    "down_backward._down_backward_kernel": [["x_ptr"]],
+    "features._project_kernel": [["w_ptr"]],
+    "features_backward._weight_kernel": [["w_ptr"]],
+    "up_backward._finish_kernel": [[]],
+    "features._finish_kernel": [[]],
+    "reduce._reduce_kernel": [[]],
+}
+
+
+def test_each_launch_is_given_the_large_matrices_of_its_stage_and_no_others(monkeypatch):
+    monkeypatch.setattr("neat_kernels.plan.choose_gemm", lambda device, dtype, length: "fused")
+    monkeypatch.setattr("neat_kernels.plan.device_obstacle", lambda device: None)
+    case = case_of(tokens=2048)
+    launches, _ = observe(case)
+    given = {}
+    for launch in launches:
+        given.setdefault(launch.kernel, []).append(large(launch, case))
+    assert given == OPERANDS
+
+
+def test_partial_sums_stay_small(plan):
+    case = draw_case(4096, 4096, 512, R, dtype=torch.bfloat16)
+    launches, _ = observe(case)
+    read = {"up_backward._up_backward_kernel": case.dy, "down_backward._down_backward_kernel": case.x}
+    for launch in launches:
+        if launch.kernel in read:
+            partial = sum(t.nbytes for t in launch.tensors.values() if t.dtype == torch.float32)
+            # 2r / BLOCK_M of dy's bytes for dU, 25 % at r = 16 and 128 rows; the rest are factors and dS.
+            assert partial <= 0.3 * read[launch.kernel].nbytes, launch.kernel
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_another_number_of_tokens_compiles_nothing(plan, target):
+    compiled = {}
+    with capture(target) as launches:
+        for tokens in (512, 1, 16, 77, 1025):
+            launches.clear()
+            with Launches():
+                training_step(case_of(tokens=tokens))
+            compiled[tokens] = {(launch.kernel, launch.compiled.hash) for launch in launches}
+    assert all(kernels == compiled[512] for kernels in compiled.values())
