@@ -1,4 +1,4 @@
-# make demo | test | lint | bench, each from a fresh clone. VENV and PYTHON may be given: make test PYTHON=python3.12
+# make demo | test | lint | bench | gate, each from a fresh clone. VENV and PYTHON may be given: make test PYTHON=python3.12
 
 VENV ?= .venv
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
@@ -12,7 +12,7 @@ INSTALL := $(PIP) install -c constraints.txt
 # Every model and every example used here is installed by pip: a lookup on a hub would be a mistake.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test lint format bench gate clean
 
 help:
 	@echo "make demo    fine-tune MiniLM with Neat beside a linear probe and LoRA; results in demo-output/"
@@ -20,6 +20,7 @@ help:
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff rewrite the sources"
 	@echo "make bench   time one layer against its peers; results in bench-output/"
+	@echo "make gate    compile every kernel for seven GPU architectures, and write the report"
 	@echo "make clean   remove the virtual environment and everything the targets wrote"
 
 # torch goes in first and by itself: an index may offer several builds of it, and no other requirement may choose.
@@ -37,8 +38,10 @@ demo: $(STAMP)
 	$(BIN)/neat-kernels finetune --output demo-output --overwrite
 
 # Two processes of one thread each: torch's threads would otherwise wait for one another on a machine of two cores.
+# The kernels' own tests need a process in which Triton interprets, and the compile gate one in which it does not.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/kernels
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -53,6 +56,10 @@ bench: $(STAMP)
 	mkdir -p bench-output
 	$(BIN)/python -m benchmarks.layer_ratio --limit 420 --output bench-output/layer_ratio.json
 	$(BIN)/python -m pytest benchmarks --benchmark-json bench-output/pytest_benchmark.json
+
+# Several minutes: every kernel configuration for every architecture.
+gate: $(STAMP)
+	$(BIN)/python -m benchmarks.gate --output benchmarks/results/compile_gate.json
 
 clean:
 	rm -rf "$(VENV)" build dist *.egg-info demo-output bench-output .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

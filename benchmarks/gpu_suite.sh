@@ -5,7 +5,9 @@
 #
 #   environment     device, driver, versions
 #   tests-gpu       the tests that need a CUDA device
+#   tests-kernels   the kernels' tests, on the GPU what they are in the interpreter elsewhere
 #   tests-cpu       all other tests
+#   sanitizer       compute-sanitizer's memcheck and racecheck over the kernels' guard bands
 #   layer-large     one layer against its peers over fresh processes, shapes bound by arithmetic
 #   layer-small     the same, shapes bound by launches and by reading W
 #   pytest          the pytest-benchmark file
@@ -19,7 +21,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-PARTS=(environment tests-gpu tests-cpu layer-large layer-small pytest)
+PARTS=(environment tests-gpu tests-kernels tests-cpu sanitizer layer-large layer-small pytest)
 LIMIT_S=570
 PYTHON="${PYTHON:-python3}"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
@@ -53,7 +55,8 @@ obstacle() {
             has hypothesis || { echo "hypothesis is not installed"; return; } ;;
         pytest) has pytest_benchmark || { echo "pytest-benchmark is not installed"; return; } ;;
     esac
-    case "$1" in tests-gpu | layer-*) [[ -n "$gpu" ]] || echo "no CUDA device" ;; esac
+    [[ "$1" != sanitizer ]] || command -v compute-sanitizer > /dev/null || { echo "compute-sanitizer is not installed"; return; }
+    case "$1" in tests-gpu | tests-kernels | sanitizer | layer-*) [[ -n "$gpu" ]] || echo "no CUDA device" ;; esac
 }
 
 # Set `command` to the command of a part.
@@ -61,7 +64,12 @@ command_of() {
     case "$1" in
         environment) command=("$PYTHON" -m benchmarks.provenance) ;;
         tests-gpu) command=("$PYTHON" -m pytest -m gpu) ;;
-        tests-cpu) command=("$PYTHON" -m pytest -m "not gpu" ${workers[@]+"${workers[@]}"}) ;;
+        tests-kernels) command=("$PYTHON" -m pytest tests/kernels) ;;
+        tests-cpu) command=("$PYTHON" -m pytest -m "not gpu" --ignore tests/kernels ${workers[@]+"${workers[@]}"}) ;;
+        sanitizer)
+            # racecheck and memcheck are tools of their own; a launch is some hundred times slower under either.
+            command=(bash -c "for tool in memcheck racecheck; do compute-sanitizer --tool \$tool --error-exitcode 1 \
+                '$PYTHON' -m pytest -x tests/kernels/test_guard_bands.py -k '16 and 33' || exit 1; done") ;;
         layer-*)
             command=("$PYTHON" -m benchmarks.layer_ratio --device cuda --shapes "gpu-${1#layer-}" --dtypes bfloat16
                 --threads 8 --seconds 1 --limit 500 --output "$OUT/$1.json") ;;

@@ -1,0 +1,155 @@
+"""Every kernel of the package, through its host code, and what each launch of it was meant to be."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+
+from benchmarks.gate.case import Case
+from benchmarks.gate.fake_driver import Launch
+from benchmarks.gate.rules import Expectations
+from neat_kernels.kernels import features
+from neat_kernels.kernels.apply import apply
+from neat_kernels.kernels.branch import branch
+from neat_kernels.kernels.dgrad import dgrad
+from neat_kernels.kernels.down import down
+from neat_kernels.kernels.down_backward import down_backward
+from neat_kernels.kernels.up_backward import up_backward
+
+_M, _N, _K = 2048, 4096, 4096
+_RANKS = (4, 16, 64, 128)
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def _cases() -> Iterator[Case]:
+    """Every kernel in every dtype at both ends of the ranks; the other ranks and the variants in bf16."""
+    for name, dtype in _DTYPES.items():
+        for r in _RANKS if name == "bf16" else (_RANKS[1], _RANKS[-1]):
+            quick = name == "bf16" and r == _RANKS[1]
+            yield Case(f"token {name} r={r}", functools.partial(_token, dtype, r), quick)
+            yield Case(f"features {name} r={r}", functools.partial(_features, dtype, r), quick)
+            if name == "bf16":
+                yield Case(f"token dropout {name} r={r}", functools.partial(_token, dtype, r, dropout=0.1))
+                yield Case(f"features in {name} r={r}", functools.partial(_features, dtype, r, orientation="in"))
+                yield Case(f"features depth 1 {name} r={r}", functools.partial(_features, dtype, r, depth=1))
+
+
+def _token(dtype: torch.dtype, r: int, dropout: float = 0.0) -> None:
+    """Both plans of apply and dgrad; the cuBLAS plan only up to its own kernel, since on a CPU the GEMM would run."""
+    x, dy = torch.empty(_M, _K, dtype=dtype), torch.empty(_M, _N, dtype=dtype)
+    W, bias = torch.empty(_N, _K, dtype=dtype), torch.empty(_N, dtype=dtype)
+    D, U = torch.empty(_K, r), torch.empty(_N, r)
+    seed = torch.zeros(1, dtype=torch.int64) if dropout else None
+    S = down(x, D, seed, dropout, dtype)
+    apply(x, W, bias, S, U, 0.5, "fused")
+    branch(S, U, bias, dtype=dtype, scaling=0.5)
+    dS, *_ = up_backward(dy, U, S, 0.5, dtype, torch.float32, dtype)
+    assert dS is not None
+    dgrad(dy, W, dS, D, seed, dropout, "fused")
+    branch(dS, D, dtype=dtype, scaling=1.0, seed=seed, dropout=dropout)
+    down_backward(x, dS, seed, dropout, torch.float32)
+
+
+def _features(dtype: torch.dtype, r: int, orientation: str = "out", depth: int = 0) -> None:
+    W = torch.empty(_N, _K, dtype=dtype)
+    A = torch.empty(r, _N if orientation == "out" else _K)
+    chain = torch.empty(2 * depth, r, r) if depth else None
+    H, Z = features.forward(W, A, chain, orientation, "sin2pi")
+    features.backward(H, W, Z, chain, orientation, "sin2pi", torch.float32, chain is not None)
+
+
+def _matrix(launch: Launch, words: str, rows: int) -> tuple[str, ...]:
+    """The matrix instructions meant for operands of a type, accumulated in tiles of so many rows.
+
+    Warp groups and tensor memory take 64 rows at least; smaller tiles are left to the instructions of a warp.
+    """
+    if not launch.target.is_cuda:
+        return (f"mfma {words.replace('tf32', 'f32')}",)
+    if launch.target.name == "sm_90" and rows >= 64:
+        return (f"wgmma {words}",)
+    if launch.target.name == "sm_100" and rows >= 64:
+        # One kind for both half types.
+        return (f"tcgen05 {words.replace('bf16', 'f16')}",)
+    return (f"mma.sync {words}",)
+
+
+def _words(launch: Launch, name: str) -> str:
+    return {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "tf32"}[launch.tensors[name].dtype]
+
+
+def _reads(*names: str) -> dict[str, int]:
+    """16-byte accesses through these arguments, whose rows are aligned and contiguous in every case."""
+    return dict.fromkeys(names, 16)
+
+
+def _stored_tile(launch: Launch) -> dict[str, int]:
+    """C: on AMD a lane stores the rows of its matrix instruction, four values."""
+    return {"c_ptr": 16 if launch.target.is_cuda else 8}
+
+
+def _gemm(launch: Launch) -> Expectations:
+    words, rows = _words(launch, "a_ptr"), launch.arguments["BLOCK_M"]
+    return Expectations(_matrix(launch, words, rows), {**_reads("a_ptr", "b_ptr"), **_stored_tile(launch)})
+
+
+def _branch(launch: Launch) -> Expectations:
+    words, rows = _words(launch, "p_ptr"), launch.arguments["BLOCK_M"]
+    return Expectations(_matrix(launch, words, rows), _stored_tile(launch))
+
+
+def _down(launch: Launch) -> Expectations:
+    return Expectations(_matrix(launch, _words(launch, "s_ptr"), launch.arguments["BLOCK_M"]), _reads("x_ptr"))
+
+
+def _down_backward(launch: Launch) -> Expectations:
+    return Expectations(_matrix(launch, _words(launch, "ds_ptr"), launch.arguments["BLOCK_K"]), _reads("x_ptr"))
+
+
+def _up_backward(launch: Launch) -> Expectations:
+    """dS accumulates in BLOCK_M rows, dU in BLOCK_N."""
+    words = _words(launch, "dy_ptr")
+    heights = (launch.arguments["BLOCK_M"], launch.arguments["BLOCK_N"])
+    return Expectations(_both(*(_matrix(launch, words, rows) for rows in heights)), _reads("dy_ptr"))
+
+
+def _both(*meant: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for names in meant for name in names))
+
+
+def _weight(launch: Launch) -> Expectations:
+    return Expectations(_matrix(launch, "tf32", launch.arguments["BLOCK_M"]), _reads("w_ptr"))
+
+
+def _chain(launch: Launch) -> Expectations:
+    if not launch.arguments["DEPTH"]:
+        return Expectations()
+    return Expectations(_matrix(launch, "tf32", launch.arguments["BLOCK_M"]))
+
+
+def _chain_backward(launch: Launch) -> Expectations:
+    """The gradient of the chain accumulates in BLOCK_R rows."""
+    heights = (launch.arguments["BLOCK_M"], launch.arguments["BLOCK_R"])
+    return Expectations(_both(*(_matrix(launch, "tf32", rows) for rows in heights)))
+
+
+def _sum(launch: Launch) -> Expectations:
+    return Expectations()
+
+
+MEANT: dict[str, Callable[[Launch], Expectations]] = {
+    "gemm._gemm_kernel": _gemm,
+    "branch._branch_kernel": _branch,
+    "down._down_kernel": _down,
+    "down_backward._down_backward_kernel": _down_backward,
+    "up_backward._up_backward_kernel": _up_backward,
+    "up_backward._finish_kernel": _sum,
+    "reduce._reduce_kernel": _sum,
+    "features._project_kernel": _weight,
+    "features._finish_kernel": _chain,
+    "features_backward._weight_kernel": _weight,
+    "features_backward._chain_backward_kernel": _chain_backward,
+}
+
+CASES = list(_cases())

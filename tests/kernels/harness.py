@@ -1,0 +1,83 @@
+"""What every kernel test shares: where it runs, one checked layer call, and ways to change what the host code decides."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+import triton
+from budget import Case, assert_within_budget, branch_rounding, draw_case
+from torch import Tensor
+
+import neat_kernels as nk
+from neat_kernels.kernels import launch
+from neat_kernels.vocabulary import HALF_DTYPES
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
+RUNS = INTERPRETED or DEVICE.type == "cuda"
+
+interpreter_only = pytest.mark.skipif(not INTERPRETED, reason="shows something of the interpreter alone")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TINY = (5, 7, 6, 3)
+
+
+def draw(*shape: int, **options: Any) -> Case:
+    """A case of tests/budget.py on the device under test."""
+    return draw_case(*shape, **options).map(lambda t: t.to(DEVICE))
+
+
+def run(fn: Callable[..., Tensor], case: Case, frozen: Iterable[str] = (), **more: Any) -> dict[str, Tensor]:
+    """y and the gradient of every leaf that is not frozen; unlike budget.evaluate, on the very tensors of the case.
+
+    A clone would be contiguous, whatever the layout of the leaf.
+    """
+    leaves = {name: t.detach().requires_grad_(name not in frozen) for name, t in case.leaves().items()}
+    trained = {name: t for name, t in leaves.items() if t.requires_grad}
+    y = fn(
+        leaves["x"],
+        case.weight,
+        leaves["A"],
+        leaves["B"],
+        leaves.get("bias"),
+        encoders=[t for name, t in leaves.items() if name.startswith("encoders")],
+        decoders=[t for name, t in leaves.items() if name.startswith("decoders")],
+        **{**case.options, **more},
+    )
+    grads = torch.autograd.grad(y, list(trained.values()), case.dy.to(y.dtype))
+    return {"y": y.detach(), **{f"d{name}": grad for name, grad in zip(trained, grads, strict=True)}}
+
+
+def fused(case: Case, frozen: Iterable[str] = (), **more: Any) -> dict[str, Tensor]:
+    """The same through the kernels."""
+    return run(nk.functional.neat_linear, case, frozen, backend="triton", **more)
+
+
+def check(case: Case, *, frozen: Iterable[str] = (), plan: str = "fused", **more: Any) -> dict[str, Tensor]:
+    """Hold y and every gradient to the error budget; a plan of cuBLAS may round the branch once more."""
+    results = fused(case, frozen, **more)
+    eager = run(nk.reference.neat_linear, case, frozen, **more)
+    extra = branch_rounding(case) if plan == "cublas" and case.x.dtype in HALF_DTYPES else None
+    assert_within_budget(results, eager, case, extra)
+    return results
+
+
+def use_plan(monkeypatch: pytest.MonkeyPatch, plan: str) -> None:
+    """Run both base GEMMs by `plan`, whatever the shape."""
+    monkeypatch.setattr("neat_kernels.plan.choose_gemm", lambda device, dtype, length: plan)
+
+
+def use_multiprocessors(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Split reductions as for a device of `count` multiprocessors: into many pieces for a large one, one for 0."""
+    real = launch.target
+    monkeypatch.setattr(launch, "target", lambda device: real(device)._replace(multiprocessors=count))
+
+
+def use_seed(monkeypatch: pytest.MonkeyPatch, case: Case, dropout: float, seed: int = 0x0123456789ABCDEF) -> None:
+    """Let the layer and the reference drop the same elements."""
+    drawn = torch.tensor([seed], device=case.x.device)
+    monkeypatch.setattr("neat_kernels.functional.draw_seed", lambda x: drawn)
+    reference = nk.reference.neat_linear
+    monkeypatch.setattr(nk.reference, "neat_linear", lambda *args, **kw: reference(*args, seed=drawn, **kw))
+    case.options |= {"dropout": dropout, "training": True}
