@@ -24,37 +24,54 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def _cases() -> Iterator[Case]:
-    """Every kernel in every dtype at both ends of the ranks; the other ranks and the variants in bf16."""
+    """Every configuration: all ranks and variants in bf16, the ends of the ranks in the other dtypes."""
     for name, dtype in _DTYPES.items():
         for r in _RANKS if name == "bf16" else (_RANKS[1], _RANKS[-1]):
             quick = name == "bf16" and r == _RANKS[1]
-            yield Case(f"token {name} r={r}", functools.partial(_token, dtype, r), quick)
-            yield Case(f"features {name} r={r}", functools.partial(_features, dtype, r), quick)
-            if name == "bf16":
-                yield Case(f"token dropout {name} r={r}", functools.partial(_token, dtype, r, dropout=0.1))
-                yield Case(f"features in {name} r={r}", functools.partial(_features, dtype, r, orientation="in"))
-                yield Case(f"features depth 1 {name} r={r}", functools.partial(_features, dtype, r, depth=1))
+            token, features = functools.partial(_token, dtype, r), functools.partial(_features, dtype, r)
+            yield Case(f"token {name} r={r}", token, quick)
+            yield Case(f"features {name} r={r}", features, quick)
+            if name == "fp16":
+                continue
+            yield Case(f"token dropout {name} r={r}", functools.partial(token, dropout=0.1))
+            if name == "fp32":
+                continue
+            wide = functools.partial(token, compute_dtype=torch.float32)
+            yield Case(f"token fp32 branch {name} r={r}", wide)
+            yield Case(f"token dropout fp32 branch {name} r={r}", functools.partial(wide, dropout=0.1))
+            yield Case(f"features in {name} r={r}", functools.partial(features, orientation="in"))
+            yield Case(f"features all {name} r={r}", functools.partial(features, adapter_dtype=dtype))
+            yield Case(f"features depth 1 {name} r={r}", functools.partial(features, depth=1))
+            yield Case(f"features depth 2 {name} r={r}", functools.partial(features, depth=2))
 
 
-def _token(dtype: torch.dtype, r: int, dropout: float = 0.0) -> None:
+def _token(dtype: torch.dtype, r: int, dropout: float = 0.0, compute_dtype: torch.dtype | None = None) -> None:
     """Both plans of apply and dgrad; the cuBLAS plan only up to its own kernel, since on a CPU the GEMM would run."""
+    c = compute_dtype or dtype
     x, dy = torch.empty(_M, _K, dtype=dtype), torch.empty(_M, _N, dtype=dtype)
     W, bias = torch.empty(_N, _K, dtype=dtype), torch.empty(_N, dtype=dtype)
     D, U = torch.empty(_K, r), torch.empty(_N, r)
     seed = torch.zeros(1, dtype=torch.int64) if dropout else None
-    S = down(x, D, seed, dropout, dtype)
-    apply(x, W, bias, S, U, 0.5, "fused")
+    S = down(x, D, seed, dropout, c)
     branch(S, U, bias, dtype=dtype, scaling=0.5)
-    dS, *_ = up_backward(dy, U, S, 0.5, dtype, torch.float32, dtype)
+    dS, *_ = up_backward(dy, U, S, 0.5, c, torch.float32, dtype)
     assert dS is not None
-    dgrad(dy, W, dS, D, seed, dropout, "fused")
     branch(dS, D, dtype=dtype, scaling=1.0, seed=seed, dropout=dropout)
     down_backward(x, dS, seed, dropout, torch.float32)
+    if dtype != torch.float32:  # fp32 has the cuBLAS plan alone
+        apply(x, W, bias, S, U, 0.5, "fused")
+        dgrad(dy, W, dS, D, seed, dropout, "fused")
 
 
-def _features(dtype: torch.dtype, r: int, orientation: str = "out", depth: int = 0) -> None:
+def _features(
+    dtype: torch.dtype,
+    r: int,
+    orientation: str = "out",
+    depth: int = 0,
+    adapter_dtype: torch.dtype = torch.float32,
+) -> None:
     W = torch.empty(_N, _K, dtype=dtype)
-    A = torch.empty(r, _N if orientation == "out" else _K)
+    A = torch.empty(r, _N if orientation == "out" else _K, dtype=adapter_dtype)
     chain = torch.empty(2 * depth, r, r) if depth else None
     H, Z = features.forward(W, A, chain, orientation, "sin2pi")
     features.backward(H, W, Z, chain, orientation, "sin2pi", torch.float32, chain is not None)
@@ -79,6 +96,12 @@ def _words(launch: Launch, name: str) -> str:
     return {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "tf32"}[launch.tensors[name].dtype]
 
 
+def _compute_words(launch: Launch) -> str:
+    """Of the operands' type where the kernel is told it; without, the product is fp32."""
+    compute = launch.arguments.get("COMPUTE")
+    return "tf32" if compute is None else {"bf16": "bf16", "fp16": "f16", "fp32": "tf32"}[compute.name]
+
+
 def _reads(*names: str) -> dict[str, int]:
     """16-byte accesses through these arguments, whose rows are aligned and contiguous in every case."""
     return dict.fromkeys(names, 16)
@@ -90,8 +113,9 @@ def _stored_tile(launch: Launch) -> dict[str, int]:
 
 
 def _gemm(launch: Launch) -> Expectations:
-    words, rows = _words(launch, "a_ptr"), launch.arguments["BLOCK_M"]
-    return Expectations(_matrix(launch, words, rows), {**_reads("a_ptr", "b_ptr"), **_stored_tile(launch)})
+    rows = launch.arguments["BLOCK_M"]
+    base, low_rank = (_matrix(launch, _words(launch, name), rows) for name in ("a_ptr", "p_ptr"))
+    return Expectations(_both(base, low_rank), {**_reads("a_ptr", "b_ptr"), **_stored_tile(launch)})
 
 
 def _branch(launch: Launch) -> Expectations:
@@ -109,7 +133,7 @@ def _down_backward(launch: Launch) -> Expectations:
 
 def _up_backward(launch: Launch) -> Expectations:
     """dS accumulates in BLOCK_M rows, dU in BLOCK_N."""
-    words = _words(launch, "dy_ptr")
+    words = _compute_words(launch)
     heights = (launch.arguments["BLOCK_M"], launch.arguments["BLOCK_N"])
     return Expectations(_both(*(_matrix(launch, words, rows) for rows in heights)), _reads("dy_ptr"))
 
@@ -119,7 +143,7 @@ def _both(*meant: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _weight(launch: Launch) -> Expectations:
-    return Expectations(_matrix(launch, "tf32", launch.arguments["BLOCK_M"]), _reads("w_ptr"))
+    return Expectations(_matrix(launch, _compute_words(launch), launch.arguments["BLOCK_M"]), _reads("w_ptr"))
 
 
 def _chain(launch: Launch) -> Expectations:

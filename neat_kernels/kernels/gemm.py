@@ -6,6 +6,7 @@ A [M,K], B [K,N] with any strides (Wᵀ or W), P [M,r], Q [N,r] in any float dty
 Reads A and B once per tile column and row of C (neighbouring tiles share them in the L2 cache), writes C once.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -94,7 +95,6 @@ def _gemm_kernel(
     LOW_RANK_FIRST: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
-    BRANCH_PRECISION: tl.constexpr,
 ):
     blocks_m, blocks_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     pid_m, pid_n = tl.swizzle2d(tl.program_id(0) // blocks_n, tl.program_id(0) % blocks_n, blocks_m, blocks_n, GROUP_M)
@@ -107,7 +107,7 @@ def _gemm_kernel(
     if LOW_RANK_FIRST:
         acc = low_rank_tile(
             p_ptr, q_ptr, seed_ptr, offs_m, offs_n, M, N, stride_qn, stride_qr, scaling, threshold,
-            R, BLOCK_R, DROPOUT, BRANCH_PRECISION,
+            R, BLOCK_R, DROPOUT, PRECISION,
         )  # [BLOCK_M, BLOCK_N]  # fmt: skip
     else:
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -116,13 +116,13 @@ def _gemm_kernel(
         mask_k = start + offs_k < K
         a = tl.load(a_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
         b = tl.load(b_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        acc = tl.dot(a, b, acc, input_precision="ieee")
         a_ptrs += BLOCK_K * tl.cast(stride_ak, tl.int64)
         b_ptrs += BLOCK_K * tl.cast(stride_bk, tl.int64)
     if not LOW_RANK_FIRST:
         acc += low_rank_tile(
             p_ptr, q_ptr, seed_ptr, offs_m, offs_n, M, N, stride_qn, stride_qr, scaling, threshold,
-            R, BLOCK_R, DROPOUT, BRANCH_PRECISION,
+            R, BLOCK_R, DROPOUT, PRECISION,
         )  # [BLOCK_M, BLOCK_N]  # fmt: skip
     if bias_ptr is not None:
         acc = add_bias(acc, bias_ptr, offs_n, N)
@@ -140,10 +140,16 @@ def gemm(
     seed: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """C [M,N] in A's dtype, contiguous; P must be contiguous, B in A's dtype."""
+    """C [M,N] in A's dtype, contiguous; P must be contiguous, B in A's dtype.
+
+    Raises:
+        ValueError: A is fp32 on a GPU, where the base GEMM is cuBLAS's.
+    """
+    if A.dtype == torch.float32 and launch.target(A.device).arch != "interpreter":
+        raise ValueError("the fused plan takes half precision on a GPU, got float32: plan cublas has the fp32 GEMM")
     (M, K), N, r = A.shape, B.shape[1], P.shape[1]
     C = A.new_empty((M, N))
-    config = launch.config("gemm" if seed is None else "gemm dropout", A.device, r, A.element_size())
+    config = launch.config("gemm" if seed is None else "gemm dropout", A.device, r, P.element_size())
     blocks = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
     if blocks == 0:
         return C
@@ -171,8 +177,7 @@ def gemm(
         GROUP_M=GROUP_M,
         LOW_RANK_FIRST=launch.low_rank_first(A.device),
         DROPOUT=seed is not None,
-        PRECISION=launch.base_precision(A.device),
-        BRANCH_PRECISION=launch.branch_precision(A.device),
+        PRECISION=launch.branch_precision(A.device),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -23,7 +23,7 @@ class Target(NamedTuple):
 
 
 class Config(NamedTuple):
-    """Tile and launch of one kernel; block_k counts 2-byte operands, 4-byte ones take half."""
+    """Tile and launch of one kernel; zero stands for a block that the stage does not have."""
 
     block_m: int
     block_n: int
@@ -39,65 +39,94 @@ TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.f
 _ARCHS = {80: "sm_80", 87: "sm_80", 86: "sm_86", 89: "sm_86", 90: "sm_90", 100: "sm_100", 103: "sm_100", 120: "sm_86"}
 _FALLBACK_ARCH = "sm_86"
 
-# {stage: {arch: (r <= 32, larger r)}}. Chosen from offline compilation (registers, shared memory), not from timings.
-_CONFIGS: dict[str, dict[str, tuple[Config, Config]]] = {
+# {stage: {arch: {largest block_r: configuration}}}, chosen from offline compilation (registers, shared memory) and not
+# from timings. A stage has a table of its own for operands of 4 bytes, and for a dropout mask: ten rounds of Philox for
+# every element take registers.
+_CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
     # x·Wᵀ and dy·W with the low-rank product: tile [block_m, block_n].
     "gemm": {
-        "sm_80": (Config(128, 128, 32, 8, 4), Config(128, 128, 32, 8, 3)),
-        "sm_86": (Config(128, 128, 32, 8, 3), Config(128, 128, 32, 8, 2)),
-        "sm_90": (Config(128, 256, 64, 8, 3), Config(128, 128, 64, 8, 3)),
-        "sm_100": (Config(128, 256, 64, 8, 3), Config(128, 128, 64, 8, 3)),
-        "gfx942": (Config(128, 128, 64, 8, 2), Config(128, 128, 32, 8, 2)),
-        "interpreter": (Config(32, 32, 32, 4, 1), Config(32, 32, 32, 4, 1)),
+        "sm_80": {32: Config(128, 128, 32, 8, 4), 128: Config(128, 128, 32, 8, 3)},
+        "sm_86": {32: Config(128, 128, 32, 8, 3), 128: Config(128, 128, 32, 8, 2)},
+        "sm_90": {32: Config(128, 256, 64, 8, 3), 128: Config(128, 128, 64, 8, 3)},
+        "sm_100": {32: Config(128, 256, 64, 8, 3), 128: Config(128, 128, 64, 8, 3)},
+        "gfx942": {32: Config(128, 128, 64, 8, 2), 128: Config(128, 128, 32, 8, 2)},
+        "interpreter": {128: Config(32, 32, 32, 4, 1)},
     },
-    # The same with a dropout mask, whose ten rounds of Philox an element take registers.
     "gemm dropout": {
-        "sm_80": (Config(128, 64, 32, 8, 4), Config(128, 64, 32, 8, 3)),
-        "sm_86": (Config(128, 64, 32, 8, 3), Config(128, 64, 32, 8, 2)),
-        "sm_90": (Config(128, 128, 64, 8, 3), Config(128, 128, 64, 8, 3)),
-        "sm_100": (Config(128, 128, 64, 8, 3), Config(128, 128, 64, 8, 3)),
-        "gfx942": (Config(128, 64, 64, 8, 2), Config(128, 64, 32, 8, 2)),
-        "interpreter": (Config(32, 32, 32, 4, 1), Config(32, 32, 32, 4, 1)),
+        "sm_80": {32: Config(128, 64, 32, 8, 4), 128: Config(128, 64, 32, 8, 3)},
+        "sm_86": {32: Config(128, 64, 32, 8, 3), 128: Config(128, 64, 32, 8, 2)},
+        "sm_90": {128: Config(128, 128, 64, 8, 3)},
+        "sm_100": {128: Config(128, 128, 64, 8, 3)},
+        "gfx942": {128: Config(128, 64, 64, 8, 2)},
+        "interpreter": {128: Config(32, 32, 32, 4, 1)},
+    },
+    # The same with an fp32 branch over half operands.
+    "gemm fp32": {
+        "default": {32: Config(128, 64, 32, 8, 3), 128: Config(64, 64, 32, 8, 2)},
+        "interpreter": {128: Config(32, 32, 32, 4, 1)},
+    },
+    "gemm dropout fp32": {
+        "default": {32: Config(128, 64, 32, 8, 3), 128: Config(64, 64, 32, 8, 2)},
+        "interpreter": {128: Config(32, 32, 32, 4, 1)},
     },
     # The low-rank product alone, written for cuBLAS to accumulate onto: tile [block_m, block_n].
     "branch": {
-        "default": (Config(64, 128, 64, 4, 1), Config(64, 64, 64, 4, 1)),
-        "interpreter": (Config(32, 32, 32, 4, 1), Config(32, 32, 32, 4, 1)),
+        "default": {32: Config(64, 128, 0, 4, 1), 128: Config(64, 64, 0, 4, 1)},
+        "interpreter": {128: Config(32, 32, 0, 4, 1)},
+    },
+    "branch fp32": {
+        "default": {32: Config(64, 64, 0, 4, 1), 128: Config(32, 32, 0, 4, 1)},
+        "interpreter": {128: Config(32, 32, 0, 4, 1)},
     },
     # [block_m rows] of a tall matrix times a narrow one, block_k of the reduction at a time, contiguous along it.
     "rows": {
-        "default": (Config(32, 0, 128, 4, 3), Config(32, 0, 64, 4, 2)),
-        "gfx942": (Config(32, 0, 128, 4, 2), Config(32, 0, 64, 4, 1)),
-        "interpreter": (Config(32, 0, 64, 4, 1), Config(32, 0, 64, 4, 1)),
+        "default": {32: Config(32, 0, 128, 4, 3), 128: Config(32, 0, 64, 4, 2)},
+        "gfx942": {32: Config(32, 0, 128, 4, 2), 128: Config(32, 0, 64, 4, 1)},
+        "interpreter": {128: Config(32, 0, 64, 4, 1)},
+    },
+    "rows fp32": {
+        "default": {32: Config(32, 0, 64, 4, 3), 128: Config(32, 0, 32, 4, 2)},
+        "gfx942": {32: Config(32, 0, 64, 4, 2), 128: Config(32, 0, 64, 4, 1)},
+        "interpreter": {128: Config(32, 0, 64, 4, 1)},
     },
     # The same, contiguous along the rows: the reduction runs down the columns of the stored matrix.
     "columns": {
-        "default": (Config(64, 0, 64, 4, 3), Config(64, 0, 64, 4, 2)),
-        "gfx942": (Config(64, 0, 64, 4, 2), Config(64, 0, 32, 4, 1)),
-        "interpreter": (Config(32, 0, 64, 4, 1), Config(32, 0, 64, 4, 1)),
+        "default": {32: Config(64, 0, 64, 4, 3), 128: Config(64, 0, 64, 4, 2)},
+        "gfx942": {32: Config(64, 0, 64, 4, 2), 128: Config(64, 0, 32, 4, 1)},
+        "interpreter": {128: Config(32, 0, 64, 4, 1)},
     },
-    # The same with a dropout mask: tiles of 32 rows take mma.sync, since wgmma would be serialised by the mask (C7515).
+    "columns fp32": {
+        "default": {32: Config(64, 0, 32, 4, 3), 128: Config(32, 0, 32, 4, 2)},
+        "gfx942": {32: Config(64, 0, 32, 4, 2), 128: Config(64, 0, 32, 4, 1)},
+        "interpreter": {128: Config(32, 0, 64, 4, 1)},
+    },
+    # Tiles of 32 rows take mma.sync: wgmma would be serialised by the mask (C7515).
     "columns dropout": {
-        "default": (Config(32, 0, 64, 4, 3), Config(32, 0, 64, 4, 2)),
-        "gfx942": (Config(32, 0, 64, 4, 2), Config(32, 0, 32, 4, 1)),
-        "interpreter": (Config(32, 0, 64, 4, 1), Config(32, 0, 64, 4, 1)),
+        "default": {32: Config(32, 0, 64, 4, 3), 128: Config(32, 0, 64, 4, 2)},
+        "gfx942": {32: Config(32, 0, 64, 4, 2), 128: Config(32, 0, 64, 4, 1)},
+        "interpreter": {128: Config(32, 0, 64, 4, 1)},
+    },
+    "columns dropout fp32": {
+        "default": {32: Config(32, 0, 32, 4, 3), 128: Config(32, 0, 32, 4, 2)},
+        "gfx942": {32: Config(64, 0, 32, 4, 2), 128: Config(64, 0, 32, 4, 1)},
+        "interpreter": {128: Config(32, 0, 64, 4, 1)},
     },
     # dS and dU from one tile [block_m, block_n] of dy.
     "up_backward": {
-        "default": (Config(128, 64, 0, 4, 2), Config(64, 64, 0, 4, 2)),
-        "gfx942": (Config(128, 64, 0, 4, 1), Config(64, 32, 0, 4, 1)),
-        "interpreter": (Config(32, 32, 0, 4, 1), Config(32, 32, 0, 4, 1)),
+        "default": {32: Config(128, 64, 0, 4, 2), 64: Config(64, 32, 0, 4, 2), 128: Config(64, 32, 0, 4, 2)},
+        "sm_90": {32: Config(128, 64, 0, 4, 2), 128: Config(64, 64, 0, 4, 2)},
+        "gfx942": {32: Config(128, 64, 0, 4, 1), 128: Config(64, 32, 0, 4, 1)},
+        "interpreter": {128: Config(32, 32, 0, 4, 1)},
     },
-    # The same where the branch is fp32 over a half dy.
     "up_backward fp32": {
-        "default": (Config(64, 32, 0, 4, 2), Config(32, 32, 0, 4, 2)),
-        "gfx942": (Config(64, 32, 0, 4, 1), Config(32, 32, 0, 4, 1)),
-        "interpreter": (Config(32, 32, 0, 4, 1), Config(32, 32, 0, 4, 1)),
+        "default": {32: Config(64, 32, 0, 4, 2), 128: Config(32, 32, 0, 4, 2)},
+        "gfx942": {32: Config(64, 32, 0, 4, 1), 128: Config(32, 32, 0, 4, 1)},
+        "interpreter": {128: Config(32, 32, 0, 4, 1)},
     },
     # g and its backward on [block_m, r] tiles.
     "chain": {
-        "default": (Config(32, 0, 0, 4, 1), Config(16, 0, 0, 8, 1)),
-        "interpreter": (Config(32, 0, 0, 4, 1), Config(32, 0, 0, 4, 1)),
+        "default": {32: Config(32, 0, 0, 4, 1), 128: Config(16, 0, 0, 8, 1)},
+        "interpreter": {128: Config(32, 0, 0, 4, 1)},
     },
 }
 
@@ -115,11 +144,11 @@ def target(device: torch.device) -> Target:
 
 
 def config(stage: str, device: torch.device, r: int, itemsize: int) -> Config:
-    """The configuration of a stage for operands of `itemsize` bytes."""
-    by_arch = _CONFIGS[stage]
-    found = by_arch.get(target(device).arch) or by_arch.get("default") or by_arch[_FALLBACK_ARCH]
-    chosen = found[r > 32]
-    return chosen if itemsize <= 2 else chosen._replace(block_k=max(16, chosen.block_k // 2))
+    """The configuration of a stage whose factors have rank r and are multiplied as operands of `itemsize` bytes."""
+    by_arch = _CONFIGS.get(f"{stage} fp32", _CONFIGS[stage]) if itemsize == 4 else _CONFIGS[stage]
+    arch = target(device).arch
+    by_rank = by_arch.get(arch) or by_arch.get("default") or by_arch[_FALLBACK_ARCH]
+    return next(chosen for largest, chosen in by_rank.items() if block_r(r) <= largest)
 
 
 def block_r(r: int) -> int:
@@ -164,13 +193,6 @@ def walk(matrix: torch.Tensor, r: int, itemsize: int) -> Walk:
 def branch_precision(device: torch.device) -> str:
     """How fp32 operands of the branch and the features are multiplied: to fp32 accuracy, on tensor cores if any."""
     return "tf32x3" if target(device).arch.startswith("sm_") else "ieee"
-
-
-def base_precision(device: torch.device) -> str:
-    """How the base GEMM multiplies fp32 operands: as torch's own would under its TF32 setting."""
-    if not target(device).arch.startswith("sm_"):
-        return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def low_rank_first(device: torch.device) -> bool:

@@ -133,9 +133,7 @@ def up_backward(
     M, N = dy.shape
     factor = U if U is not None else S
     r = 1 if factor is None else factor.shape[1]
-    config = launch.config(
-        "up_backward" if compute_dtype.itemsize == 2 else "up_backward fp32", dy.device, r, compute_dtype.itemsize
-    )
+    config = launch.config("up_backward", dy.device, r, compute_dtype.itemsize)
     rows = triton.cdiv(M, config.block_m)
     pieces, steps = launch.split(rows, N, config.block_n, dy.device)
 
