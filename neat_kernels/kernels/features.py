@@ -22,6 +22,7 @@ def _project_kernel(
     w_ptr,
     a_ptr,
     chain_ptr,
+    trace_ptr,
     z_ptr,
     h_ptr,
     rows,
@@ -55,14 +56,15 @@ def _project_kernel(
     mask = (offs_m < rows)[:, None] & (offs_r < R)[None, :]
     tl.store(z_ptr + tl.cast(piece, tl.int64) * rows * R + offs, z, mask=mask)
     if not SPLIT:
-        hs, _ = chain_forward(z, chain_ptr, R, BLOCK_R, DEPTH, ACTIVATION, PRECISION)
-        tl.store(h_ptr + offs, hs[2 * DEPTH], mask=mask)
+        h = chain_forward(z, chain_ptr, trace_ptr, offs_m, rows, R, BLOCK_R, DEPTH, ACTIVATION, PRECISION)
+        tl.store(h_ptr + offs, h, mask=mask)
 
 
 @triton.jit
 def _finish_kernel(
     partial_ptr,
     chain_ptr,
+    trace_ptr,
     z_ptr,
     h_ptr,
     rows,
@@ -82,8 +84,8 @@ def _finish_kernel(
     for piece in range(pieces):
         z += tl.load(partial_ptr + tl.cast(piece, tl.int64) * rows * R + offs, mask=mask, other=0.0)
     tl.store(z_ptr + offs, z, mask=mask)
-    hs, _ = chain_forward(z, chain_ptr, R, BLOCK_R, DEPTH, ACTIVATION, PRECISION)
-    tl.store(h_ptr + offs, hs[2 * DEPTH], mask=mask)
+    h = chain_forward(z, chain_ptr, trace_ptr, offs_m, rows, R, BLOCK_R, DEPTH, ACTIVATION, PRECISION)
+    tl.store(h_ptr + offs, h, mask=mask)
 
 
 def forward(
@@ -125,12 +127,14 @@ def _features(
     if rows == 0:
         return H, Z
     partial = Z if pieces == 1 else weight.new_empty((pieces, rows, r), dtype=torch.float32)
+    trace = None if chain is None else weight.new_empty((chain.shape[0] + 1, rows, r), dtype=torch.float32)
     shared = {"R": r, "BLOCK_R": launch.block_r(r), "ACTIVATION": activation, "DEPTH": depth}
     shared["PRECISION"] = launch.branch_precision(device)
     _project_kernel[(blocks, pieces)](
         W,
         A,
         chain,
+        trace,
         partial,
         H,
         rows,
@@ -149,6 +153,6 @@ def _features(
     if pieces > 1:
         config = launch.config("chain", device, r, 4)
         _finish_kernel[(triton.cdiv(rows, config.block_m),)](
-            partial, chain, Z, H, rows, pieces, BLOCK_M=config.block_m, num_warps=config.num_warps, **shared
+            partial, chain, trace, Z, H, rows, pieces, BLOCK_M=config.block_m, num_warps=config.num_warps, **shared
         )
     return H, Z

@@ -24,6 +24,7 @@ def _chain_backward_kernel(
     chain_ptr,
     dz_ptr,
     dchain_ptr,
+    trace_ptr,
     rows,
     stride_dhm,
     stride_dhr,
@@ -46,7 +47,10 @@ def _chain_backward_kernel(
     share_ptr = dchain_ptr
     if NEED_DCHAIN:
         share_ptr = dchain_ptr + tl.cast(pid, tl.int64) * 2 * DEPTH * R * R
-    dz = chain_backward(dh, z, chain_ptr, share_ptr, R, BLOCK_R, DEPTH, ACTIVATION, PRECISION, NEED_DCHAIN)
+    dz = chain_backward(
+        dh, z, chain_ptr, share_ptr, trace_ptr, offs_m, rows,
+        R, BLOCK_R, DEPTH, ACTIVATION, PRECISION, NEED_DCHAIN,
+    )  # [BLOCK_M, BLOCK_R]  # fmt: skip
     tl.store(dz_ptr + offs, dz, mask=mask)
 
 
@@ -118,6 +122,7 @@ def _through_chain(dH: Tensor, Z: Tensor, chain: Tensor, activation: str, need_d
             chain,
             dZ,
             partial,
+            Z.new_empty((chain.shape[0] + 1, rows, r)),
             rows,
             *dH.stride(),
             R=r,

@@ -63,10 +63,12 @@ _CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
     # The same with an fp32 branch over half operands.
     "gemm fp32": {
         "default": {32: Config(128, 64, 32, 8, 3), 128: Config(64, 64, 32, 8, 2)},
+        "gfx942": {32: Config(128, 64, 64, 8, 2), 128: Config(64, 64, 64, 8, 2)},
         "interpreter": {128: Config(32, 32, 32, 4, 1)},
     },
     "gemm dropout fp32": {
         "default": {32: Config(128, 64, 32, 8, 3), 128: Config(64, 64, 32, 8, 2)},
+        "gfx942": {32: Config(128, 64, 64, 8, 2), 128: Config(64, 64, 64, 8, 2)},
         "interpreter": {128: Config(32, 32, 32, 4, 1)},
     },
     # The low-rank product alone, written for cuBLAS to accumulate onto: tile [block_m, block_n].
@@ -107,25 +109,25 @@ _CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
         "interpreter": {128: Config(32, 0, 64, 4, 1)},
     },
     "columns dropout fp32": {
-        "default": {32: Config(32, 0, 32, 4, 3), 128: Config(32, 0, 32, 4, 2)},
+        "default": {32: Config(32, 0, 32, 4, 3), 64: Config(32, 0, 32, 4, 1), 128: Config(32, 0, 32, 4, 2)},
         "gfx942": {32: Config(64, 0, 32, 4, 2), 128: Config(64, 0, 32, 4, 1)},
         "interpreter": {128: Config(32, 0, 64, 4, 1)},
     },
     # dS and dU from one tile [block_m, block_n] of dy.
     "up_backward": {
-        "default": {32: Config(128, 64, 0, 4, 2), 64: Config(64, 32, 0, 4, 2), 128: Config(64, 32, 0, 4, 2)},
+        "default": {32: Config(128, 64, 0, 4, 2), 64: Config(64, 32, 0, 4, 2), 128: Config(64, 32, 0, 8, 2)},
         "sm_90": {32: Config(128, 64, 0, 4, 2), 128: Config(64, 64, 0, 4, 2)},
         "gfx942": {32: Config(128, 64, 0, 4, 1), 128: Config(64, 32, 0, 4, 1)},
         "interpreter": {128: Config(32, 32, 0, 4, 1)},
     },
     "up_backward fp32": {
-        "default": {32: Config(64, 32, 0, 4, 2), 128: Config(32, 32, 0, 4, 2)},
-        "gfx942": {32: Config(64, 32, 0, 4, 1), 128: Config(32, 32, 0, 4, 1)},
+        "default": {32: Config(64, 32, 0, 4, 2), 64: Config(32, 32, 0, 4, 2), 128: Config(32, 32, 0, 4, 1)},
+        "gfx942": {128: Config(64, 32, 0, 4, 1)},
         "interpreter": {128: Config(32, 32, 0, 4, 1)},
     },
     # g and its backward on [block_m, r] tiles.
     "chain": {
-        "default": {32: Config(32, 0, 0, 4, 1), 128: Config(16, 0, 0, 8, 1)},
+        "default": {16: Config(64, 0, 0, 4, 1), 32: Config(32, 0, 0, 4, 1), 128: Config(16, 0, 0, 8, 1)},
         "interpreter": {128: Config(32, 0, 0, 4, 1)},
     },
 }
