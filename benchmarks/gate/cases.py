@@ -43,6 +43,7 @@ def _cases() -> Iterator[Case]:
             yield Case(f"features all {name} r={r}", functools.partial(features, adapter_dtype=dtype))
             yield Case(f"features depth 1 {name} r={r}", functools.partial(features, depth=1))
             yield Case(f"features depth 2 {name} r={r}", functools.partial(features, depth=2))
+            yield Case(f"features in depth 2 {name} r={r}", functools.partial(features, orientation="in", depth=2))
 
 
 def _token(dtype: torch.dtype, r: int, dropout: float = 0.0, compute_dtype: torch.dtype | None = None) -> None:

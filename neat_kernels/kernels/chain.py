@@ -3,8 +3,9 @@
 h = σ(Z);  p encoders: res_i = h, h = σ(h·E_iᵀ);  p decoders: h = σ(h·D_iᵀ) + res_{p-1-i}
 
 The chain [2p,r,r] holds E_0 … E_{p-1}, D_0 … D_{p-1}, contiguous; layer i is its i-th matrix. The input of every layer
-lies in memory, in a trace fp32 [2p+1,rows,r] that one launch writes and reads: a program owns BLOCK_M of its rows. In
-registers, a chain of r = 128 would spill 10 KB a thread (sm_80), and its layers could not be a loop.
+lies in memory, in a trace fp32 [2p,rows,r] that one launch writes and reads (the backward adds a plane for da); a
+program owns BLOCK_M of its rows. In registers, a chain of r = 128 would spill 5 KB a thread (sm_90), and its layers
+could not be a loop.
 
 One thread reads what another wrote, hence the barriers, and loops without stages: a prefetch would pass a barrier.
 """

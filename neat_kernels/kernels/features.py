@@ -127,7 +127,7 @@ def _features(
     if rows == 0:
         return H, Z
     partial = Z if pieces == 1 else weight.new_empty((pieces, rows, r), dtype=torch.float32)
-    trace = None if chain is None else weight.new_empty((chain.shape[0] + 1, rows, r), dtype=torch.float32)
+    trace = None if chain is None else weight.new_empty((chain.shape[0], rows, r), dtype=torch.float32)
     shared = {"R": r, "BLOCK_R": launch.block_r(r), "ACTIVATION": activation, "DEPTH": depth}
     shared["PRECISION"] = launch.branch_precision(device)
     _project_kernel[(blocks, pieces)](
