@@ -69,7 +69,7 @@ command_of() {
         sanitizer)
             # racecheck and memcheck are tools of their own; a launch is some hundred times slower under either.
             command=(bash -c "for tool in memcheck racecheck; do compute-sanitizer --tool \$tool --error-exitcode 1 \
-                '$PYTHON' -m pytest -x tests/kernels/test_guard_bands.py -k '16 and 33' || exit 1; done") ;;
+                '$PYTHON' -m pytest -x tests/kernels/test_guard_bands.py -k between_strided || exit 1; done") ;;
         layer-*)
             command=("$PYTHON" -m benchmarks.layer_ratio --device cuda --shapes "gpu-${1#layer-}" --dtypes bfloat16
                 --threads 8 --seconds 1 --limit 500 --output "$OUT/$1.json") ;;
