@@ -31,7 +31,7 @@ def device():
 
 @pytest.fixture(autouse=True)
 def _addresses():
-    """No interpreted kernel of any test touches memory that is not an element of its arguments."""
+    """No interpreted kernel of any test leaves the elements of its arguments, or has its programs race."""
     if not harness.INTERPRETED:
         yield
         return

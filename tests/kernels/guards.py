@@ -1,7 +1,7 @@
 """Two watches over memory: guard bands around everything a kernel is handed, and the address of every access.
 
-The bands work on a GPU too. The addresses are the interpreter's alone, and show what bands cannot: a read beyond a tensor
-whose value is masked away later.
+The bands work on a GPU too. The addresses are the interpreter's alone, and show what bands cannot: a read beyond a
+tensor whose value is masked away later, and two programs at one element.
 """
 
 import contextlib
@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
@@ -104,20 +103,48 @@ class GuardBands(TorchDispatchMode):
 
 
 class _Launch:
-    """The addresses of the elements of a launch's tensors."""
+    """The elements of a launch's tensors, and which programs read and wrote each: programs run in no order."""
+
+    NOBODY, SEVERAL = -1, -2
 
     def __init__(self) -> None:
-        self.addresses = np.empty(0, np.int64)
+        self.allow([])
 
     def allow(self, tensors: list[Tensor]) -> None:
         self.addresses = np.unique(np.concatenate([np.empty(0, np.int64), *map(_element_addresses, tensors)]))
+        self.readers = np.full(len(self.addresses), self.NOBODY)
+        self.writers = np.full(len(self.addresses), self.NOBODY)
 
-    def check(self, what: str, pointers: np.ndarray, mask: np.ndarray) -> None:
+    def load(self, program: int, pointers: np.ndarray, mask: np.ndarray) -> None:
+        at = self._elements("load", pointers, mask)
+        self._refuse(self.writers[at], program, "read what another program wrote")
+        known = self.readers[at]
+        self.readers[at] = np.where((known == self.NOBODY) | (known == program), program, self.SEVERAL)
+
+    def store(self, program: int, pointers: np.ndarray, mask: np.ndarray) -> None:
+        at = self._elements("store", pointers, mask)
+        if len(np.unique(at)) != len(at):
+            raise IndexError("one store wrote an element twice")
+        self._refuse(self.writers[at], program, "wrote what another program wrote")
+        self._refuse(self.readers[at], program, "wrote what another program read")
+        self.writers[at] = program
+
+    def _elements(self, what: str, pointers: np.ndarray, mask: np.ndarray) -> np.ndarray:
         wanted = np.asarray(pointers).astype(np.int64)[np.broadcast_to(mask, np.shape(pointers)).astype(bool)]
         at = np.searchsorted(self.addresses, wanted)
         outside = np.append(self.addresses, -1)[at] != wanted
         if outside.any():
             raise IndexError(f"{what} of {outside.sum()} elements outside the tensors of the launch")
+        return at
+
+    def _refuse(self, owners: np.ndarray, program: int, what: str) -> None:
+        if ((owners != self.NOBODY) & (owners != program)).any():
+            raise IndexError(f"a program {what}")
+
+
+def _program(builder: Any) -> int:
+    (x, y, z), (nx, ny, _) = builder.grid_idx, builder.grid_dim
+    return x + nx * (y + ny * z)
 
 
 def _element_addresses(t: Tensor) -> np.ndarray:
@@ -129,7 +156,10 @@ def _element_addresses(t: Tensor) -> np.ndarray:
 
 @contextlib.contextmanager
 def checked_addresses() -> Iterator[None]:
-    """Inside, an interpreted kernel that touches anything but elements of its own arguments raises IndexError."""
+    """Inside, an interpreted kernel raises IndexError if it touches anything but elements of its own arguments.
+
+    It raises too where its result would depend on the order of programs, or of the elements of one store.
+    """
     executor, builder, launch = interpreter.GridExecutor, interpreter.InterpreterBuilder, _Launch()
     prepare, load, store = executor._init_args_hst, builder.create_masked_load, builder.create_masked_store
 
@@ -139,11 +169,11 @@ def checked_addresses() -> Iterator[None]:
         return args_hst, kwargs_hst
 
     def masked_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
-        launch.check("load", ptrs.data, mask.data)
+        launch.load(_program(self), ptrs.data, mask.data)
         return load(self, ptrs, mask, *rest)
 
     def masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        launch.check("store", ptrs.data, mask.data)
+        launch.store(_program(self), ptrs.data, mask.data)
         return store(self, ptrs, value, mask, *rest)
 
     executor._init_args_hst, builder.create_masked_load, builder.create_masked_store = (

@@ -1,4 +1,4 @@
-"""What every kernel test shares: where it runs, one checked layer call, and ways to change what the host code decides."""
+"""What every kernel test shares: where it runs, one checked call, and ways to change what the host code decides."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -64,8 +64,12 @@ def check(case: Case, *, frozen: Iterable[str] = (), plan: str = "fused", **more
 
 
 def use_plan(monkeypatch: pytest.MonkeyPatch, plan: str) -> None:
-    """Run both base GEMMs by `plan`, whatever the shape."""
-    monkeypatch.setattr("neat_kernels.plan.choose_gemm", lambda device, dtype, length: plan)
+    """Run both base GEMMs by `plan`, whatever the shape; fp32 on a GPU has cuBLAS alone."""
+
+    def choose(device: torch.device, dtype: torch.dtype, length: int) -> str:
+        return plan if launch.target(device).arch == "interpreter" or dtype in HALF_DTYPES else "cublas"
+
+    monkeypatch.setattr("neat_kernels.plan.choose_gemm", choose)
 
 
 def use_multiprocessors(monkeypatch: pytest.MonkeyPatch, count: int) -> None:

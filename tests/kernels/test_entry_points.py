@@ -29,13 +29,21 @@ class TestOperators:
     def test_features_pass_opcheck(self, dtype, orientation, depth):
         A = randn(3, 7 if orientation == "out" else 9).requires_grad_()
         chain = randn(2 * depth, 3, 3).requires_grad_() if depth else None
-        torch.library.opcheck(
-            OPS.features.default, (randn(7, 9, dtype=dtype), A, chain, orientation, "silu", "triton")
-        )
+        torch.library.opcheck(OPS.features.default, (randn(7, 9, dtype=dtype), A, chain, orientation, "silu", "triton"))
 
     @pytest.mark.parametrize(("need_dA", "need_dchain"), [(torch.bfloat16, True), (None, True), (torch.float32, False)])
     def test_features_backward_passes_opcheck(self, need_dA, need_dchain):
-        arguments = (randn(9, 3), randn(7, 9), randn(9, 3), randn(4, 3, 3), "out", "gelu", need_dA, need_dchain, "triton")
+        arguments = (
+            randn(9, 3),
+            randn(7, 9),
+            randn(9, 3),
+            randn(4, 3, 3),
+            "out",
+            "gelu",
+            need_dA,
+            need_dchain,
+            "triton",
+        )
         torch.library.opcheck(OPS.features_backward.default, arguments)
 
     @pytest.mark.parametrize("backend", ["triton:fused:fused", "triton:cublas:cublas"])

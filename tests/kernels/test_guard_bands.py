@@ -33,7 +33,7 @@ def randn(*shape, dtype=F32):
 
 
 def assert_guarded(fn, *args):
-    """Run fn plainly and between guard bands; both must return the same bits."""
+    """Run fn plainly and between guard bands; both must return the same bits, which are returned."""
     plain = fn(*args)
     watch = guards.GuardBands()
     inputs = [watch.input(a) if isinstance(a, torch.Tensor) else a for a in args]
@@ -43,6 +43,7 @@ def assert_guarded(fn, *args):
     watch.check()
     for ours, expected in zip(guarded, plain, strict=True):
         assert torch.equal(ours, expected)
+    return guarded
 
 
 @pytest.fixture(params=[0, 1000], ids=["one piece", "many pieces"])
@@ -121,13 +122,18 @@ def test_token_side_between_strided_inputs(dropout, layout):
             return t.t().contiguous().t()
         return t.repeat(1, 2)[:, : t.shape[1]] if layout == "slice" else t.repeat_interleave(2, 1)[:, ::2]
 
-    t = {name: v if v.ndim == 1 else lay(v) for name, v in token_tensors((37, 43, 41, 5), BF16, F32).items()}
+    def assert_same_as_contiguous(fn, *args):
+        strided = [lay(a) if isinstance(a, torch.Tensor) and a.ndim == 2 else a for a in args]
+        for ours, expected in zip(assert_guarded(fn, *strided), fn(*args), strict=True):
+            torch.testing.assert_close(ours, expected)
+
+    t = token_tensors((37, 43, 41, 5), BF16, F32)
     seed = torch.tensor([77], device=DEVICE) if dropout else None
     branch = Branch(0.7, dropout, None, "triton:fused:fused")
-    assert_guarded(low_rank.forward, *t.values(), seed, branch)
-    S, dy = lay(randn(37, 5, dtype=BF16)), lay(randn(37, 43, dtype=BF16))
+    assert_same_as_contiguous(low_rank.forward, *t.values(), seed, branch)
+    S, dy = randn(37, 5, dtype=BF16), randn(37, 43, dtype=BF16)
     needs = Needs(True, F32, F32, BF16)
-    assert_guarded(low_rank.backward, dy, t["x"], t["weight"], t["down"], t["up"], S, seed, branch, needs)
+    assert_same_as_contiguous(low_rank.backward, dy, t["x"], t["weight"], t["down"], t["up"], S, seed, branch, needs)
 
 
 FEATURES = pairwise.rows(
@@ -170,6 +176,13 @@ def _copy_kernel(x_ptr, y_ptr, n, reach_load, reach_store, BLOCK: tl.constexpr):
     tl.store(y_ptr + offs, tile, mask=offs < n + reach_store)
 
 
+@triton.jit
+def _move_kernel(x_ptr, y_ptr, step, apart, BLOCK: tl.constexpr):
+    """Program i reads 16 elements from 16·i on, and writes 16 of them, `step` apart, from i·apart on."""
+    pid, offs = tl.program_id(0), tl.arange(0, BLOCK)
+    tl.store(y_ptr + pid * apart + offs * step, tl.load(x_ptr + pid * BLOCK + offs))
+
+
 class TestTheWatch:
     """The bands and the addresses see what they are for."""
 
@@ -184,13 +197,14 @@ class TestTheWatch:
     @pytest.fixture
     def unchecked(self, monkeypatch):
         # The addresses would stop the kernel before it writes.
-        monkeypatch.setattr(guards._Launch, "check", lambda *args: None)
+        for access in ("load", "store"):
+            monkeypatch.setattr(guards._Launch, access, lambda *args: None)
 
     def test_a_right_kernel_passes(self):
         self.guarded_copy()
 
     def test_a_write_beyond_the_end(self, unchecked):
-        with pytest.raises(AssertionError, match="surround of the torch.float32 allocation \\(13,\\) was written"):
+        with pytest.raises(AssertionError, match=r"surround of the torch\.float32 allocation \(13,\) was written"):
             self.guarded_copy(reach_store=1)
 
     def test_an_element_left_unwritten(self, unchecked):
@@ -241,3 +255,20 @@ class TestTheWatch:
         x, y = torch.randn(26)[::2], torch.zeros(13)
         with pytest.raises(triton.runtime.errors.InterpreterError, match="load of 6 elements"):
             _copy_kernel[(1,)](x, y, 13, 0, 0, BLOCK=16)
+
+    @interpreter_only
+    @pytest.mark.parametrize(
+        ("start", "step", "apart", "what"),
+        [
+            (32, 0, 16, "one store wrote an element twice"),
+            (32, 1, 8, "a program wrote what another program wrote"),
+            (16, 1, 16, "a program read what another program wrote"),
+            (32, 1, -32, "a program wrote what another program read"),
+        ],
+        ids=str,
+    )
+    def test_programs_that_race(self, start, step, apart, what):
+        buffer = torch.zeros(64)
+        _move_kernel[(2,)](buffer, buffer[32:], 1, 16, BLOCK=16)
+        with pytest.raises(triton.runtime.errors.InterpreterError, match=what):
+            _move_kernel[(2,)](buffer, buffer[start:], step, apart, BLOCK=16)

@@ -1,4 +1,4 @@
-"""Triton's interpreter made right for bf16: what it computes is what a GPU would, or it raises; outside nothing stays changed."""
+"""Triton's interpreter made right for bf16: it computes what a GPU would or raises, and nothing of it stays changed."""
 
 import pytest
 import torch
@@ -104,7 +104,9 @@ def cast(x, dtype):
 class TestCasts:
     def test_ties_go_to_even(self):
         step = 2.0**-7
-        x = torch.tensor([1.0, 1 + step / 2, 1 + 3 * step / 2, -1 - step / 2, -1 - 3 * step / 2, 1 + step / 2 + 2.0**-20])
+        x = torch.tensor(
+            [1.0, 1 + step / 2, 1 + 3 * step / 2, -1 - step / 2, -1 - 3 * step / 2, 1 + step / 2 + 2.0**-20]
+        )
         assert cast(x, BF16).tolist() == [1.0, 1.0, 1 + 2 * step, -1.0, -1 - 2 * step, 1 + step]
 
     def test_every_kind_of_number(self):
@@ -163,7 +165,10 @@ def test_arithmetic_is_right_or_refused(operation):
 @pytest.mark.parametrize("operation", ["add", "multiply", "negate", "less"])
 def test_the_refusal_says_what_to_do(operation):
     a = torch.ones(16, dtype=BF16)
-    with pytest.raises(triton.runtime.errors.InterpreterError, match="no bf16 arithmetic: cast the tile to fp32"), faithful():
+    with (
+        pytest.raises(triton.runtime.errors.InterpreterError, match="no bf16 arithmetic: cast the tile to fp32"),
+        faithful(),
+    ):
         _arithmetic_kernel[(1,)](a, a, torch.empty(16), OPERATION=operation)
 
 

@@ -15,15 +15,16 @@ def tiles(arch):
     """What the interpreter sees of an arch: neither warps nor stages."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "target", lambda device: launch.Target(arch, 132))
-        configs = [launch.config(stage, CPU, r, 2)[:3] for stage in launch._CONFIGS for r in (32, 33)]
+        configs = [launch.config(stage, CPU, r, 2)[:3] for stage in launch._CONFIGS for r in (32, 64, 128)]
         return (*configs, launch.low_rank_first(CPU))
 
 
 DIFFERENT = list({tiles(arch): arch for arch in reversed(ARCHS)}.values())
 
 
-def pretend(monkeypatch, arch):
+def pretend(monkeypatch, arch, plan="fused"):
     monkeypatch.setattr(launch, "target", lambda device: launch.Target(arch, 132))
+    use_plan(monkeypatch, plan)
 
 
 @interpreter_only
@@ -49,10 +50,9 @@ def test_tiles_of_every_device(arch, shape, dtype, options, monkeypatch):
 @pytest.mark.parametrize("plan", ["fused", "cublas"])
 @pytest.mark.parametrize("arch", DIFFERENT)
 def test_tiles_under_dropout(arch, plan, shape, dtype, monkeypatch):
-    use_plan(monkeypatch, plan)
     case = draw(*shape, dtype=dtype)
     use_seed(monkeypatch, case, 0.3)
-    pretend(monkeypatch, arch)
+    pretend(monkeypatch, arch, plan)
     check(case, plan=plan)
 
 
@@ -60,7 +60,7 @@ def test_tiles_under_dropout(arch, plan, shape, dtype, monkeypatch):
 def test_every_stage_has_tiles_that_tl_dot_takes(arch, monkeypatch):
     pretend(monkeypatch, arch)
     for stage in launch._CONFIGS:
-        for r in (1, 32, 33, 128):
+        for r in (1, 32, 33, 64, 128):
             for itemsize in (2, 4):
                 config = launch.config(stage, CPU, r, itemsize)
                 assert config.block_m >= 16

@@ -92,9 +92,7 @@ def test_the_fused_plan_rounds_the_output_once(plan, expected, dtype, monkeypatc
     # s·S·Uᵀ = 1 + 2⁻¹² comes from exact halves; cuBLAS accumulates onto it in y's dtype.
     use_plan(monkeypatch, plan)
     x, weight = matrix([[1.0]], dtype), matrix([[-1.0]], dtype)
-    y = nk.functional.low_rank_linear(
-        x, weight, matrix([[1.0, LITTLE]]), matrix([[1.0, 1.0]]), backend="triton"
-    )
+    y = nk.functional.low_rank_linear(x, weight, matrix([[1.0, LITTLE]]), matrix([[1.0, 1.0]]), backend="triton")
     assert y.item() == expected
 
 
