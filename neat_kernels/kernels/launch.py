@@ -77,6 +77,7 @@ _CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
         "interpreter": {128: Config(32, 32, 0, 4, 1)},
     },
     "branch fp32": {
+        "sm_100": {128: Config(64, 64, 0, 4, 1)},
         "default": {32: Config(64, 64, 0, 4, 1), 128: Config(32, 32, 0, 4, 1)},
         "interpreter": {128: Config(32, 32, 0, 4, 1)},
     },
@@ -94,6 +95,7 @@ _CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
     # The same, contiguous along the rows: the reduction runs down the columns of the stored matrix.
     "columns": {
         "default": {32: Config(64, 0, 64, 4, 3), 128: Config(64, 0, 64, 4, 2)},
+        "sm_86": {32: Config(64, 0, 64, 4, 3), 128: Config(64, 0, 64, 8, 2)},
         "gfx942": {32: Config(64, 0, 64, 4, 2), 128: Config(64, 0, 32, 4, 1)},
         "interpreter": {128: Config(32, 0, 64, 4, 1)},
     },
@@ -121,7 +123,8 @@ _CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
         "interpreter": {128: Config(32, 32, 0, 4, 1)},
     },
     "up_backward fp32": {
-        "default": {32: Config(64, 32, 0, 4, 2), 64: Config(32, 32, 0, 4, 2), 128: Config(32, 32, 0, 4, 1)},
+        "sm_100": {32: Config(64, 32, 0, 4, 2), 64: Config(32, 32, 0, 4, 1), 128: Config(32, 64, 0, 8, 1)},
+        "default": {32: Config(64, 32, 0, 4, 2), 128: Config(32, 32, 0, 4, 1)},
         "gfx942": {128: Config(64, 32, 0, 4, 1)},
         "interpreter": {128: Config(32, 32, 0, 4, 1)},
     },
