@@ -26,6 +26,7 @@ def _branch_kernel(
     N,
     stride_qn,
     stride_qr,
+    stride_bias,
     scaling,
     threshold,
     R: tl.constexpr,
@@ -43,7 +44,7 @@ def _branch_kernel(
         R, BLOCK_R, DROPOUT, PRECISION,
     )  # [BLOCK_M, BLOCK_N]  # fmt: skip
     if bias_ptr is not None:
-        acc = add_bias(acc, bias_ptr, offs_n, N)
+        acc = add_bias(acc, bias_ptr, stride_bias, offs_n, N)
     store_tile(c_ptr, acc, offs_m, offs_n, M, N)
 
 
@@ -73,6 +74,7 @@ def branch(
         M,
         N,
         *Q.stride(),
+        1 if bias is None else bias.stride(0),
         scaling if seed is None else scaling / (1.0 - dropout),
         keep_threshold(dropout),
         R=r,

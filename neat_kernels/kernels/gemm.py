@@ -59,9 +59,9 @@ def low_rank_tile(
 
 
 @triton.jit
-def add_bias(acc, bias_ptr, offs_n, N):
+def add_bias(acc, bias_ptr, stride_bias, offs_n, N):
     """acc [BLOCK_M, BLOCK_N] + bias."""
-    bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0)  # [BLOCK_N]
+    bias = tl.load(bias_ptr + offs_n.to(tl.int64) * stride_bias, mask=offs_n < N, other=0.0)  # [BLOCK_N]
     return acc + bias.to(tl.float32)[None, :]
 
 
@@ -90,6 +90,7 @@ def _gemm_kernel(
     stride_bn,
     stride_qn,
     stride_qr,
+    stride_bias,
     scaling,
     threshold,
     R: tl.constexpr,
@@ -131,7 +132,7 @@ def _gemm_kernel(
             R, BLOCK_R, DROPOUT, PRECISION,
         )  # [BLOCK_M, BLOCK_N]  # fmt: skip
     if bias_ptr is not None:
-        acc = add_bias(acc, bias_ptr, offs_n, N)
+        acc = add_bias(acc, bias_ptr, stride_bias, offs_n, N)
     store_tile(c_ptr, acc, offs_m, offs_n, M, N)
 
 
@@ -173,6 +174,7 @@ def gemm(
         *A.stride(),
         *B.stride(),
         *Q.stride(),
+        1 if bias is None else bias.stride(0),
         scaling if seed is None else scaling / (1.0 - dropout),
         keep_threshold(dropout),
         R=r,

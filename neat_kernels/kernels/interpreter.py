@@ -64,6 +64,15 @@ def _refuse_bf16(original: Any) -> Any:
     return operation
 
 
+def _refuse_bf16_reduction(original: Any) -> Any:
+    def check_tensor(self: Any, tensors: Any) -> None:
+        original(self, tensors)
+        if any(t.dtype == tl.bfloat16 for t in tensors):
+            raise TypeError("the interpreter has no bf16 reductions: cast the tile to fp32 first")
+
+    return check_tensor
+
+
 def _index_any_scalar(original: Any) -> Any:
     # triton 3.6 turns a runtime loop bound into an index in a way that numpy >= 2.4 refuses.
     def patch(tensor: Any, *scope: Any) -> None:
@@ -90,6 +99,8 @@ def faithful() -> Iterator[None]:
         (builder, "create_fp_to_fp", _cast),
         (builder, "binary_op", _refuse_bf16),
         (builder, "unary_op", _refuse_bf16),
+        (builder, "create_fma", _refuse_bf16),
+        (interpreter.ReduceScanOpInterface, "check_tensor", _refuse_bf16_reduction),
         (interpreter, "_patch_lang_tensor", _index_any_scalar),
     ]
     before = [(owner, name, owner.__dict__[name]) for owner, name, _ in changes]

@@ -51,8 +51,8 @@ MUTATIONS = [
     Mutation(
         "columns of bias",
         "gemm.py",
-        "bias_ptr + offs_n, mask=offs_n < N",
-        "bias_ptr + offs_n, mask=offs_n >= 0",
+        "stride_bias, mask=offs_n < N",
+        "stride_bias, mask=offs_n >= 0",
         (FIRST,),
     ),
     Mutation("rows of dy", "up_backward.py", "mask_m, mask_r = offs_m < M", "mask_m, mask_r = offs_m >= 0", (FIRST,)),
