@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from neat_kernels.kernels import features, low_rank
 from neat_kernels.kernels.apply import apply
@@ -40,6 +41,19 @@ class Accesses:
         return self.counts(self.stored, tensor)
 
 
+class KeepAlive(TorchDispatchMode):
+    """Frees no tensor inside, so that an address means one tensor for the whole of a test."""
+
+    def __init__(self):
+        super().__init__()
+        self.tensors = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.tensors.append(result)
+        return result
+
+
 @pytest.fixture
 def accesses(monkeypatch):
     from triton.runtime.interpreter import InterpreterBuilder as Builder
@@ -57,7 +71,8 @@ def accesses(monkeypatch):
 
     monkeypatch.setattr(Builder, "create_masked_load", create_masked_load)
     monkeypatch.setattr(Builder, "create_masked_store", create_masked_store)
-    return seen
+    with KeepAlive():
+        yield seen
 
 
 def tensors(dtype=torch.bfloat16):
