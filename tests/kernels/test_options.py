@@ -78,7 +78,7 @@ class TestAutocast:
 
 class TestNeeds:
     @pytest.mark.parametrize("orientation", ORIENTATIONS)
-    @pytest.mark.parametrize("trained", [s for n in range(1, 6) for s in itertools.combinations(LEAVES, n)], ids=str)
+    @pytest.mark.parametrize("trained", [s for n in (1, 2, 5) for s in itertools.combinations(LEAVES, n)], ids=str)
     def test_a_gradient_does_not_depend_on_which_others_are_asked_for(self, trained, orientation, whole):
         case, expected = whole[orientation]
         results = fused(case, frozen=set(LEAVES) - set(trained))
