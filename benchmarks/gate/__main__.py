@@ -49,7 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
         "kernels": kernels,
         "cases": cases,
     }
-    write_json(options.output, content)
+    # Indented, a full report has a hundred thousand lines; the tables beside it are for reading.
+    write_json(options.output, content, indent=None)
     write_markdown(options.output.with_suffix(".md"), content)
     print(f"{len(cases)} cases, {len(kernels)} kernels, {len(found)} violations; {options.output}")
     for violation in found:

@@ -178,7 +178,7 @@ def _package_configured_for(target: Target) -> Iterator[None]:
     """The package's own kernels take their configurations for `target`, though their tensors are on the CPU."""
     from neat_kernels.kernels import launch
 
-    arch = launch._ARCHS[target.arch] if isinstance(target.arch, int) else target.arch
+    arch = launch.family(target.arch) if isinstance(target.arch, int) else target.arch
     family = launch.Target(arch, target.multiprocessors)
 
     def chosen(device: torch.device) -> launch.Target:

@@ -2,8 +2,8 @@
 
 h = σ(z)    dz = dh·σ'(z)
 
-Built from arithmetic, exp and erf alone: tl.sin compiles to 704 instructions with local memory for huge arguments,
-which the range reduction below makes needless, and there is no tanh that every target shares.
+Built from arithmetic, exp and erf alone: tl.sin has a slow path through local memory for huge
+arguments, which the range reduction below makes needless, and there is no tanh that every target shares.
 """
 
 import triton

@@ -4,8 +4,7 @@ h = σ(Z);  p encoders: res_i = h, h = σ(h·E_iᵀ);  p decoders: h = σ(h·D_i
 
 The chain [2p,r,r] holds E_0 … E_{p-1}, D_0 … D_{p-1}, contiguous; layer i is its i-th matrix. The input of every layer
 lies in memory, in a trace fp32 [2p,rows,r] that one launch writes and reads (the backward adds a plane for da); a
-program owns BLOCK_M of its rows. In registers, a chain of r = 128 would spill 5 KB a thread (sm_90), and its layers
-could not be a loop.
+program owns BLOCK_M of its rows. In registers a chain of r = 128 spilled, and its layers could not be a loop.
 
 One thread reads what another wrote, hence the barriers, and loops without stages: a prefetch would pass a barrier.
 """
@@ -14,6 +13,7 @@ import triton
 import triton.language as tl
 
 from neat_kernels.kernels.activations import act_backward, act_forward
+from neat_kernels.kernels.tiles import narrow_tile
 
 
 @triton.jit
@@ -59,9 +59,7 @@ def chain_forward(
     h = act_forward(z, ACTIVATION)
     if DEPTH > 0:
         plane = tl.cast(rows, tl.int64) * R
-        offs_r = tl.arange(0, BLOCK_R)
-        offs = offs_m.to(tl.int64)[:, None] * R + offs_r[None, :]
-        mask = (offs_m < rows)[:, None] & (offs_r < R)[None, :]
+        offs, mask = narrow_tile(offs_m, rows, R, BLOCK_R)
         for i in tl.range(0, 2 * DEPTH, num_stages=1):
             tl.store(trace_ptr + i * plane + offs, h, mask=mask)
             tl.debug_barrier()
@@ -75,10 +73,9 @@ def chain_forward(
 @triton.jit
 def _square_gradient(da, h, dsquare_ptr, R: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr):
     """Store the tile's share of dE = daᵀ·h."""
-    offs_r = tl.arange(0, BLOCK_R)
-    mask = (offs_r < R)[:, None] & (offs_r < R)[None, :]
+    offs, mask = narrow_tile(tl.arange(0, BLOCK_R), R, R, BLOCK_R)
     dsquare = tl.dot(tl.trans(da), h, input_precision=PRECISION)  # [BLOCK_R, BLOCK_R]
-    tl.store(dsquare_ptr + offs_r[:, None] * R + offs_r[None, :], dsquare, mask=mask)
+    tl.store(dsquare_ptr + offs, dsquare, mask=mask)
 
 
 @triton.jit
@@ -103,9 +100,7 @@ def chain_backward(
     """
     chain_forward(z, chain_ptr, trace_ptr, offs_m, rows, R, BLOCK_R, DEPTH, ACTIVATION, PRECISION)
     plane = tl.cast(rows, tl.int64) * R
-    offs_r = tl.arange(0, BLOCK_R)
-    offs = offs_m.to(tl.int64)[:, None] * R + offs_r[None, :]
-    mask = (offs_m < rows)[:, None] & (offs_r < R)[None, :]
+    offs, mask = narrow_tile(offs_m, rows, R, BLOCK_R)
     da_ptr = trace_ptr + 2 * DEPTH * plane
     for j in tl.range(0, 2 * DEPTH, num_stages=1):
         i = 2 * DEPTH - 1 - j

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from neat_kernels.kernels import launch
 from neat_kernels.kernels.skinny import tall_times_narrow
+from neat_kernels.kernels.tiles import narrow_tile
 from neat_kernels.torch_backend.dropout import threshold
 
 
@@ -35,16 +36,16 @@ def _down_kernel(
     PRECISION: tl.constexpr,
 ):
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_r = tl.arange(0, BLOCK_R)
     c: tl.constexpr = s_ptr.dtype.element_ty
     acc = tall_times_narrow(
-        x_ptr, d_ptr, None, seed_ptr, offs_m, M, K, 0, K, stride_xm, stride_xk, stride_dk, stride_dr, K, 1, threshold,
+        x_ptr, d_ptr, None, seed_ptr, offs_m, M, K, 0, tl.cdiv(K, BLOCK_K),
+        stride_xm, stride_xk, stride_dk, stride_dr, K, 1, threshold,
         R, BLOCK_K, BLOCK_R, c, None, DROPOUT, PRECISION,
     )  # [BLOCK_M, BLOCK_R]  # fmt: skip
     if DROPOUT:
         acc = acc * inv_keep
-    s_ptrs = s_ptr + offs_m.to(tl.int64)[:, None] * R + offs_r[None, :]
-    tl.store(s_ptrs, acc.to(c), mask=(offs_m < M)[:, None] & (offs_r < R)[None, :])
+    offs, mask = narrow_tile(offs_m, M, R, BLOCK_R)
+    tl.store(s_ptr + offs, acc.to(c), mask=mask)
 
 
 def down(x: Tensor, D: Tensor, seed: Tensor | None, dropout: float, dtype: torch.dtype) -> Tensor:

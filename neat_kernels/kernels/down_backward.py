@@ -12,6 +12,7 @@ from torch import Tensor
 from neat_kernels.kernels import launch
 from neat_kernels.kernels.reduce import reduce
 from neat_kernels.kernels.skinny import tall_times_narrow
+from neat_kernels.kernels.tiles import narrow_tile
 from neat_kernels.torch_backend.dropout import threshold
 
 
@@ -36,15 +37,11 @@ def _down_backward_kernel(
 ):
     piece = tl.program_id(1)
     offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    offs_r = tl.arange(0, BLOCK_R)
-    first = piece * steps * BLOCK_M
-    last = tl.minimum(first + steps * BLOCK_M, M)
     acc = tall_times_narrow(
-        x_ptr, ds_ptr, None, seed_ptr, offs_k, K, M, first, last, stride_xk, stride_xm, R, 1, 1, K, threshold,
+        x_ptr, ds_ptr, None, seed_ptr, offs_k, K, M, piece, steps, stride_xk, stride_xm, R, 1, 1, K, threshold,
         R, BLOCK_M, BLOCK_R, ds_ptr.dtype.element_ty, None, DROPOUT, PRECISION,
     )  # [BLOCK_K, BLOCK_R]  # fmt: skip
-    offs = offs_k.to(tl.int64)[:, None] * R + offs_r[None, :]
-    mask = (offs_k < K)[:, None] & (offs_r < R)[None, :]
+    offs, mask = narrow_tile(offs_k, K, R, BLOCK_R)
     tl.store(partial_ptr + tl.cast(piece, tl.int64) * K * R + offs, acc, mask=mask)
 
 

@@ -14,6 +14,7 @@ from neat_kernels.kernels import launch
 from neat_kernels.kernels.chain import chain_forward
 from neat_kernels.kernels.features_backward import features_backward
 from neat_kernels.kernels.skinny import tall_times_narrow
+from neat_kernels.kernels.tiles import narrow_tile
 from neat_kernels.vocabulary import HALF_DTYPES
 
 
@@ -44,16 +45,12 @@ def _project_kernel(
 ):
     piece = tl.program_id(1)
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_r = tl.arange(0, BLOCK_R)
-    first = piece * steps * BLOCK_L
-    last = tl.minimum(first + steps * BLOCK_L, length)
     z = tall_times_narrow(
-        w_ptr, a_ptr, None, None, offs_m, rows, length, first, last,
+        w_ptr, a_ptr, None, None, offs_m, rows, length, piece, steps,
         stride_wm, stride_wl, stride_al, stride_ar, 0, 0, 0,
         R, BLOCK_L, BLOCK_R, COMPUTE, None, False, PRECISION,
     )  # [BLOCK_M, BLOCK_R]  # fmt: skip
-    offs = offs_m.to(tl.int64)[:, None] * R + offs_r[None, :]
-    mask = (offs_m < rows)[:, None] & (offs_r < R)[None, :]
+    offs, mask = narrow_tile(offs_m, rows, R, BLOCK_R)
     tl.store(z_ptr + tl.cast(piece, tl.int64) * rows * R + offs, z, mask=mask)
     if not SPLIT:
         h = chain_forward(z, chain_ptr, trace_ptr, offs_m, rows, R, BLOCK_R, DEPTH, ACTIVATION, PRECISION)
@@ -77,9 +74,7 @@ def _finish_kernel(
     PRECISION: tl.constexpr,
 ):
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_r = tl.arange(0, BLOCK_R)
-    offs = offs_m.to(tl.int64)[:, None] * R + offs_r[None, :]
-    mask = (offs_m < rows)[:, None] & (offs_r < R)[None, :]
+    offs, mask = narrow_tile(offs_m, rows, R, BLOCK_R)
     z = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for piece in range(pieces):
         z += tl.load(partial_ptr + tl.cast(piece, tl.int64) * rows * R + offs, mask=mask, other=0.0)

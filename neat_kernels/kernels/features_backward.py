@@ -15,6 +15,7 @@ from neat_kernels.kernels import launch
 from neat_kernels.kernels.chain import chain_backward
 from neat_kernels.kernels.reduce import reduce
 from neat_kernels.kernels.skinny import tall_times_narrow
+from neat_kernels.kernels.tiles import narrow_tile
 
 
 @triton.jit
@@ -39,8 +40,7 @@ def _chain_backward_kernel(
     pid = tl.program_id(0)
     offs_m = pid * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = tl.arange(0, BLOCK_R)
-    offs = offs_m.to(tl.int64)[:, None] * R + offs_r[None, :]
-    mask = (offs_m < rows)[:, None] & (offs_r < R)[None, :]
+    offs, mask = narrow_tile(offs_m, rows, R, BLOCK_R)
     dh_ptrs = dh_ptr + offs_m.to(tl.int64)[:, None] * stride_dhm + offs_r[None, :] * stride_dhr
     dh = tl.load(dh_ptrs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_R]
     z = tl.load(z_ptr + offs, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_R]
@@ -77,10 +77,8 @@ def _weight_kernel(
     piece = tl.program_id(1)
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = tl.arange(0, BLOCK_R)
-    first = piece * steps * BLOCK_L
-    last = tl.minimum(first + steps * BLOCK_L, length)
     acc = tall_times_narrow(
-        w_ptr, dh_ptr, z_ptr, None, offs_m, rows, length, first, last,
+        w_ptr, dh_ptr, z_ptr, None, offs_m, rows, length, piece, steps,
         stride_wm, stride_wl, stride_dhl, stride_dhr, 0, 0, 0,
         R, BLOCK_L, BLOCK_R, tl.float32, ACTIVATION, False, PRECISION,
     )  # [BLOCK_M, BLOCK_R]  # fmt: skip

@@ -39,7 +39,7 @@ def low_rank_tile(
 ):
     """fp32 [BLOCK_M, BLOCK_N] = scaling·(P·Qᵀ) ∘ mask."""
     c: tl.constexpr = p_ptr.dtype.element_ty
-    # Three TF32 products of 128 columns at a time, unrolled, would spill 10 KB a thread (sm_80).
+    # Three TF32 products of 128 columns at a time, unrolled, spill 10.5 KB a thread (sm_80, python -m benchmarks.gate).
     SLICE_R: tl.constexpr = BLOCK_R if c.primitive_bitwidth == 16 else min(BLOCK_R, 32)
     wide_m, wide_n = offs_m.to(tl.int64), offs_n.to(tl.int64)
     tile = tl.zeros((offs_m.shape[0], offs_n.shape[0]), tl.float32)  # [BLOCK_M, BLOCK_N]
@@ -53,7 +53,7 @@ def low_rank_tile(
         tile = tl.dot(p, q.to(c), tile, input_precision=PRECISION)
     tile = tile * scaling
     if DROPOUT:
-        index = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
+        index = wide_m[:, None] * N + wide_n[None, :]
         tile = kept(tile, seed_ptr, index, threshold)
     return tile
 
@@ -156,7 +156,8 @@ def gemm(
         raise ValueError("the fused plan takes half precision on a GPU, got float32: plan cublas has the fp32 GEMM")
     (M, K), N, r = A.shape, B.shape[1], P.shape[1]
     C = A.new_empty((M, N))
-    config = launch.config("gemm" if seed is None else "gemm dropout", A.device, r, P.element_size())
+    stage = "gemm dropout" if seed is not None and P.element_size() == 2 else "gemm"
+    config = launch.config(stage, A.device, r, P.element_size())
     blocks = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
     if blocks == 0:
         return C

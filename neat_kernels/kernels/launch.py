@@ -46,94 +46,84 @@ _CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
     # x·Wᵀ and dy·W with the low-rank product: tile [block_m, block_n].
     "gemm": {
         "sm_80": {32: Config(128, 128, 32, 8, 4), 128: Config(128, 128, 32, 8, 3)},
-        "sm_86": {32: Config(128, 128, 32, 8, 3), 128: Config(128, 128, 32, 8, 2)},
+        "default": {32: Config(128, 128, 32, 8, 3), 128: Config(128, 128, 32, 8, 2)},
         "sm_90": {32: Config(128, 256, 64, 8, 3), 128: Config(128, 128, 64, 8, 3)},
         "sm_100": {32: Config(128, 256, 64, 8, 3), 128: Config(128, 128, 64, 8, 3)},
         "gfx942": {32: Config(128, 128, 64, 8, 2), 128: Config(128, 128, 32, 8, 2)},
-        "interpreter": {128: Config(32, 32, 32, 4, 1)},
     },
     "gemm dropout": {
         "sm_80": {32: Config(128, 64, 32, 8, 4), 128: Config(128, 64, 32, 8, 3)},
-        "sm_86": {32: Config(128, 64, 32, 8, 3), 128: Config(128, 64, 32, 8, 2)},
+        "default": {32: Config(128, 64, 32, 8, 3), 128: Config(128, 64, 32, 8, 2)},
         "sm_90": {128: Config(128, 128, 64, 8, 3)},
         "sm_100": {128: Config(128, 128, 64, 8, 3)},
         "gfx942": {128: Config(128, 64, 64, 8, 2)},
-        "interpreter": {128: Config(32, 32, 32, 4, 1)},
     },
-    # The same with an fp32 branch over half operands.
+    # The same with an fp32 branch over half operands, masked or not.
     "gemm fp32": {
         "default": {32: Config(128, 64, 32, 8, 3), 128: Config(64, 64, 32, 8, 2)},
         "gfx942": {32: Config(128, 64, 64, 8, 2), 128: Config(64, 64, 64, 8, 2)},
-        "interpreter": {128: Config(32, 32, 32, 4, 1)},
-    },
-    "gemm dropout fp32": {
-        "default": {32: Config(128, 64, 32, 8, 3), 128: Config(64, 64, 32, 8, 2)},
-        "gfx942": {32: Config(128, 64, 64, 8, 2), 128: Config(64, 64, 64, 8, 2)},
-        "interpreter": {128: Config(32, 32, 32, 4, 1)},
     },
     # The low-rank product alone, written for cuBLAS to accumulate onto: tile [block_m, block_n].
     "branch": {
         "default": {32: Config(64, 128, 0, 4, 1), 128: Config(64, 64, 0, 4, 1)},
-        "interpreter": {128: Config(32, 32, 0, 4, 1)},
     },
     "branch fp32": {
         "sm_100": {128: Config(64, 64, 0, 4, 1)},
         "default": {32: Config(64, 64, 0, 4, 1), 128: Config(32, 32, 0, 4, 1)},
-        "interpreter": {128: Config(32, 32, 0, 4, 1)},
     },
     # [block_m rows] of a tall matrix times a narrow one, block_k of the reduction at a time, contiguous along it.
     "rows": {
         "default": {32: Config(32, 0, 128, 4, 3), 128: Config(32, 0, 64, 4, 2)},
         "gfx942": {32: Config(32, 0, 128, 4, 2), 128: Config(32, 0, 64, 4, 1)},
-        "interpreter": {128: Config(32, 0, 64, 4, 1)},
     },
     "rows fp32": {
         "default": {32: Config(32, 0, 64, 4, 3), 128: Config(32, 0, 32, 4, 2)},
         "gfx942": {32: Config(32, 0, 64, 4, 2), 128: Config(32, 0, 64, 4, 1)},
-        "interpreter": {128: Config(32, 0, 64, 4, 1)},
     },
     # The same, contiguous along the rows: the reduction runs down the columns of the stored matrix.
     "columns": {
         "default": {32: Config(64, 0, 64, 4, 3), 128: Config(64, 0, 64, 4, 2)},
         "sm_86": {32: Config(64, 0, 64, 4, 3), 128: Config(64, 0, 64, 8, 2)},
         "gfx942": {32: Config(64, 0, 64, 4, 2), 128: Config(64, 0, 32, 4, 1)},
-        "interpreter": {128: Config(32, 0, 64, 4, 1)},
     },
     "columns fp32": {
         "default": {32: Config(64, 0, 32, 4, 3), 128: Config(32, 0, 32, 4, 2)},
         "gfx942": {32: Config(64, 0, 32, 4, 2), 128: Config(64, 0, 32, 4, 1)},
-        "interpreter": {128: Config(32, 0, 64, 4, 1)},
     },
     # Tiles of 32 rows take mma.sync: wgmma would be serialised by the mask (C7515).
     "columns dropout": {
         "default": {32: Config(32, 0, 64, 4, 3), 128: Config(32, 0, 64, 4, 2)},
         "gfx942": {32: Config(32, 0, 64, 4, 2), 128: Config(32, 0, 64, 4, 1)},
-        "interpreter": {128: Config(32, 0, 64, 4, 1)},
     },
     "columns dropout fp32": {
         "default": {32: Config(32, 0, 32, 4, 3), 64: Config(32, 0, 32, 4, 1), 128: Config(32, 0, 32, 4, 2)},
         "gfx942": {32: Config(64, 0, 32, 4, 2), 128: Config(64, 0, 32, 4, 1)},
-        "interpreter": {128: Config(32, 0, 64, 4, 1)},
     },
     # dS and dU from one tile [block_m, block_n] of dy.
     "up_backward": {
         "default": {32: Config(128, 64, 0, 4, 2), 64: Config(64, 32, 0, 4, 2), 128: Config(64, 32, 0, 8, 2)},
         "sm_90": {32: Config(128, 64, 0, 4, 2), 128: Config(64, 64, 0, 4, 2)},
         "gfx942": {32: Config(128, 64, 0, 4, 1), 128: Config(64, 32, 0, 4, 1)},
-        "interpreter": {128: Config(32, 32, 0, 4, 1)},
     },
     "up_backward fp32": {
         "sm_100": {32: Config(64, 32, 0, 4, 2), 64: Config(32, 32, 0, 4, 1), 128: Config(32, 64, 0, 8, 1)},
         "default": {32: Config(64, 32, 0, 4, 2), 128: Config(32, 32, 0, 4, 1)},
         "gfx942": {128: Config(64, 32, 0, 4, 1)},
-        "interpreter": {128: Config(32, 32, 0, 4, 1)},
     },
     # g and its backward on [block_m, r] tiles.
     "chain": {
         "default": {16: Config(64, 0, 0, 4, 1), 32: Config(32, 0, 0, 4, 1), 128: Config(16, 0, 0, 8, 1)},
-        "interpreter": {128: Config(32, 0, 0, 4, 1)},
     },
 }
+
+
+# Small, so that a test of few elements has several tiles; one process interprets them one after the other.
+_INTERPRETED = Config(32, 32, 64, 4, 1)
+
+
+def family(capability: int) -> str:
+    """The family of a CUDA device by its compute capability, 90 for 9.0."""
+    return _ARCHS.get(capability, _FALLBACK_ARCH)
 
 
 @functools.cache
@@ -144,15 +134,16 @@ def target(device: torch.device) -> Target:
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
         return Target(properties.gcnArchName.partition(":")[0], properties.multi_processor_count)
-    arch = _ARCHS.get(10 * properties.major + properties.minor, _FALLBACK_ARCH)
-    return Target(arch, properties.multi_processor_count)
+    return Target(family(10 * properties.major + properties.minor), properties.multi_processor_count)
 
 
 def config(stage: str, device: torch.device, r: int, itemsize: int) -> Config:
     """The configuration of a stage whose factors have rank r and are multiplied as operands of `itemsize` bytes."""
-    by_arch = _CONFIGS.get(f"{stage} fp32", _CONFIGS[stage]) if itemsize == 4 else _CONFIGS[stage]
     arch = target(device).arch
-    by_rank = by_arch.get(arch) or by_arch.get("default") or by_arch[_FALLBACK_ARCH]
+    if arch == "interpreter":
+        return _INTERPRETED
+    by_arch = _CONFIGS.get(f"{stage} fp32", _CONFIGS[stage]) if itemsize == 4 else _CONFIGS[stage]
+    by_rank = by_arch.get(arch, by_arch["default"])
     return next(chosen for largest, chosen in by_rank.items() if block_r(r) <= largest)
 
 

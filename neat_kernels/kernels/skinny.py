@@ -19,8 +19,8 @@ def tall_times_narrow(
     offs_m,
     rows,
     length,
-    first,
-    last,
+    piece,
+    steps,
     stride_vm,
     stride_vl,
     stride_ql,
@@ -36,32 +36,33 @@ def tall_times_narrow(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """fp32 [len(offs_m), BLOCK_R] = V[offs_m, first:last]·Q[first:last, :r], zero beyond r.
+    """fp32 [len(offs_m), BLOCK_R] = V[offs_m, piece]·Q[piece, :r], zero beyond r.
 
-    last - first is a multiple of BLOCK_L unless last is length. ACTIVATION, if not None: Q is dH and is multiplied by
-    σ'(Z), Z [length, r] contiguous. DROPOUT: V is masked; its element (m, l) has index m·index_m + l·index_l. Both
-    operands are rounded to COMPUTE.
+    A piece of the reduction is `steps` tiles of BLOCK_L; the last one ends at `length`. ACTIVATION, if not None: Q is
+    dH and is multiplied by σ'(Z), Z [length, r] contiguous. DROPOUT: V is masked; its element (m, l) has index
+    m·index_m + l·index_l. Both operands are rounded to COMPUTE.
     """
-    offs_l = first + tl.arange(0, BLOCK_L)
+    first = piece * steps * BLOCK_L
+    last = tl.minimum(first + steps * BLOCK_L, length)
     offs_r = tl.arange(0, BLOCK_R)
     mask_m = offs_m < rows
     mask_r = offs_r < R
     wide_m = offs_m.to(tl.int64)
-    wide_l = offs_l.to(tl.int64)
+    wide_l = (first + tl.arange(0, BLOCK_L)).to(tl.int64)
     v_ptrs = v_ptr + wide_m[:, None] * stride_vm + wide_l[None, :] * stride_vl  # [BLOCK_M, BLOCK_L]
     q_ptrs = q_ptr + wide_l[:, None] * stride_ql + offs_r[None, :] * stride_qr  # [BLOCK_L, BLOCK_R]
     acc = tl.zeros((offs_m.shape[0], BLOCK_R), tl.float32)  # [BLOCK_M, BLOCK_R]
     for start in range(first, last, BLOCK_L):
-        # Against length, not last: the divisibility of a minimum is unknown to the compiler, which then loads 2 bytes.
-        mask_l = start + tl.arange(0, BLOCK_L) < length
+        offs_l = start + tl.arange(0, BLOCK_L)
+        mask_l = offs_l < last
         v = tl.load(v_ptrs, mask=mask_m[:, None] & mask_l[None, :], other=0.0)  # [BLOCK_M, BLOCK_L]
         q = tl.load(q_ptrs, mask=mask_l[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_L, BLOCK_R]
         if ACTIVATION is not None:
-            z_ptrs = z_ptr + (start + tl.arange(0, BLOCK_L)).to(tl.int64)[:, None] * R + offs_r[None, :]
+            z_ptrs = z_ptr + offs_l.to(tl.int64)[:, None] * R + offs_r[None, :]
             z = tl.load(z_ptrs, mask=mask_l[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_L, BLOCK_R]
             q = act_backward(q.to(tl.float32), z, ACTIVATION)
         if DROPOUT:
-            index = wide_m[:, None] * index_m + (start + tl.arange(0, BLOCK_L)).to(tl.int64)[None, :] * index_l
+            index = wide_m[:, None] * index_m + offs_l.to(tl.int64)[None, :] * index_l
             v = kept(v, seed_ptr, index, threshold)
         acc = tl.dot(v.to(COMPUTE), q.to(COMPUTE), acc, input_precision=PRECISION)
         v_ptrs += BLOCK_L * tl.cast(stride_vl, tl.int64)

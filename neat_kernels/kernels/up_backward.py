@@ -16,6 +16,7 @@ from torch import Tensor
 
 from neat_kernels.kernels import launch
 from neat_kernels.kernels.reduce import BLOCK, BLOCK_PIECES, sum_block
+from neat_kernels.kernels.tiles import narrow_tile
 
 
 class UpGradients(NamedTuple):
@@ -56,8 +57,7 @@ def _up_backward_kernel(
     offs_r = tl.arange(0, BLOCK_R)
     mask_m, mask_r = offs_m < M, offs_r < R
     wide_m = offs_m.to(tl.int64)
-    offs_s = wide_m[:, None] * R + offs_r[None, :]  # [BLOCK_M, BLOCK_R]
-    mask_s = mask_m[:, None] & mask_r[None, :]
+    offs_s, mask_s = narrow_tile(offs_m, M, R, BLOCK_R)
     row = tl.cast(pid_m, tl.int64)
     if NEED_DS:
         ds = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
@@ -129,7 +129,7 @@ def up_backward(
     dup_dtype: torch.dtype | None,
     dbias_dtype: torch.dtype | None,
 ) -> UpGradients:
-    """dS if U is given, dU [N,r] if S is, dbias [N] if its dtype is; all contiguous."""
+    """dS if U is given, dU [N,r] and dbias [N] if their dtype is; all contiguous."""
     M, N = dy.shape
     factor = U if U is not None else S
     r = 1 if factor is None else factor.shape[1]

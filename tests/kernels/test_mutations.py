@@ -39,9 +39,7 @@ class Mutation(NamedTuple):
 MUTATIONS = [
     # Masks of loads.
     Mutation("rows of a tall matrix", "skinny.py", "mask_m = offs_m < rows", "mask_m = offs_m >= 0", (FIRST,)),
-    Mutation(
-        "end of a reduction", "skinny.py", "tl.arange(0, BLOCK_L) < length", "tl.arange(0, BLOCK_L) >= 0", (FIRST,)
-    ),
+    Mutation("end of a reduction", "skinny.py", "mask_l = offs_l < last", "mask_l = offs_l >= 0", (FIRST,)),
     Mutation("columns of a factor", "skinny.py", "mask_r = offs_r < R", "mask_r = offs_r < BLOCK_R", (FIRST,)),
     Mutation("end of the base GEMM", "gemm.py", "start + offs_k < K", "start + offs_k >= 0", (FIRST,)),
     Mutation(
@@ -72,10 +70,10 @@ MUTATIONS = [
         (FIRST,),
     ),
     Mutation(
-        "columns of S",
-        "down.py",
-        "mask=(offs_m < M)[:, None] & (offs_r < R)[None, :])",
-        "mask=(offs_m < M)[:, None] & (offs_r < BLOCK_R)[None, :])",
+        "columns of a narrow tile",
+        "tiles.py",
+        "& (offs_r < R)[None, :]",
+        "& (offs_r < BLOCK_R)[None, :]",
         (FIRST,),
     ),
     Mutation("end of a sum", "reduce.py", "mask=offs < size)", "mask=offs >= 0)", (FIRST,)),
@@ -188,14 +186,14 @@ MUTATIONS = [
     Mutation(
         "row of the mask in dx",
         "gemm.py",
-        "index = offs_m.to(tl.int64)[:, None] * N",
-        "index = offs_m.to(tl.int64)[:, None] * M",
+        "index = wide_m[:, None] * N",
+        "index = wide_m[:, None] * M",
         (DROPOUT,),
     ),
     Mutation(
         "column of the mask in S",
         "skinny.py",
-        "(start + tl.arange(0, BLOCK_L)).to(tl.int64)[None, :] * index_l",
+        "offs_l.to(tl.int64)[None, :] * index_l",
         "tl.arange(0, BLOCK_L).to(tl.int64)[None, :] * index_l",
         (DROPOUT,),
     ),
