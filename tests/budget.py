@@ -6,6 +6,7 @@ eager is neat_kernels.reference with the layer's rounding points, u the unit rou
 of the reductions that lead to the result and |P| |Q| the product of absolute values that its last one sums.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -101,9 +102,10 @@ def steepness(activation: str) -> float:
     return 2 * torch.pi if activation == "sin2pi" else 1.0
 
 
-def evaluate(fn, case: Case, **more) -> dict[str, Tensor]:
-    """y and the gradient of every leaf."""
-    leaves = {name: t.detach().clone().requires_grad_() for name, t in case.leaves().items()}
+def evaluate(fn, case: Case, frozen: Iterable[str] = (), **more) -> dict[str, Tensor]:
+    """y and the gradient of every leaf that is not frozen, on the very tensors of the case: a clone is contiguous."""
+    leaves = {name: t.detach().requires_grad_(name not in frozen) for name, t in case.leaves().items()}
+    trained = {name: t for name, t in leaves.items() if t.requires_grad}
     encoders = [t for name, t in leaves.items() if name.startswith("encoders")]
     decoders = [t for name, t in leaves.items() if name.startswith("decoders")]
     y = fn(
@@ -116,8 +118,8 @@ def evaluate(fn, case: Case, **more) -> dict[str, Tensor]:
         decoders=decoders,
         **{**case.options, **more},
     )
-    grads = torch.autograd.grad(y, list(leaves.values()), case.dy.to(y.dtype))
-    return {"y": y.detach(), **{f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}}
+    grads = torch.autograd.grad(y, list(trained.values()), case.dy.to(y.dtype))
+    return {"y": y.detach(), **{f"d{name}": grad for name, grad in zip(trained, grads, strict=True)}}
 
 
 def slack(case: Case) -> dict[str, float]:

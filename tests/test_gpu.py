@@ -3,6 +3,7 @@
 import pytest
 import torch
 from budget import assert_within_budget, branch_rounding, draw_case, evaluate
+from cuda_graphs import capture
 
 import neat_kernels as nk
 from neat_kernels.torch_backend.dropout import keep_mask
@@ -63,15 +64,7 @@ def test_a_training_step_in_a_cuda_graph():
     def step():
         return torch.autograd.grad(layer(x).square().sum(), [x, layer.neat_A, layer.neat_B])
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     with torch.no_grad():
         x.normal_()
     graph.replay()

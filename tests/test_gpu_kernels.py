@@ -6,6 +6,7 @@ The tests in tests/kernels run on a GPU too, unchanged; these come on top of the
 import pytest
 import torch
 from budget import assert_within_budget, branch_rounding, draw_case, evaluate
+from cuda_graphs import capture
 
 import neat_kernels as nk
 from neat_kernels.torch_backend.low_rank import Branch, Needs
@@ -138,15 +139,7 @@ def test_a_training_step_in_a_cuda_graph(plan, dropout):
         y = layer(x)
         return [y, *torch.autograd.grad(y.float().square().sum(), leaves)]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     with torch.no_grad():
         x.normal_()
     graph.replay()

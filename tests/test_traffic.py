@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from budget import draw_case
+from budget import draw_case, evaluate
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
@@ -59,12 +59,7 @@ def plan(request, monkeypatch):
 
 def training_step(case):
     """Forward and backward of a layer whose A, B, chain and input need gradients."""
-    leaves = [case.x, case.A, case.B, *case.encoders, *case.decoders]
-    for leaf in leaves:
-        leaf.requires_grad_()
-    more = {"encoders": case.encoders, "decoders": case.decoders, "backend": "triton", **case.options}
-    y = nk.functional.neat_linear(case.x, case.weight, case.A, case.B, case.bias, **more)
-    torch.autograd.grad(y, leaves, case.dy)
+    evaluate(nk.functional.neat_linear, case, frozen=("bias",), backend="triton")
 
 
 def case_of(tokens=M, **options):

@@ -1,12 +1,12 @@
 """What every kernel test shares: where it runs, one checked call, and ways to change what the host code decides."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
 import triton
-from budget import Case, assert_within_budget, branch_rounding, draw_case
+from budget import Case, assert_within_budget, branch_rounding, draw_case, evaluate
 from torch import Tensor
 
 import neat_kernels as nk
@@ -28,36 +28,15 @@ def draw(*shape: int, **options: Any) -> Case:
     return draw_case(*shape, **options).map(lambda t: t.to(DEVICE))
 
 
-def run(fn: Callable[..., Tensor], case: Case, frozen: Iterable[str] = (), **more: Any) -> dict[str, Tensor]:
-    """y and the gradient of every leaf that is not frozen; unlike budget.evaluate, on the very tensors of the case.
-
-    A clone would be contiguous, whatever the layout of the leaf.
-    """
-    leaves = {name: t.detach().requires_grad_(name not in frozen) for name, t in case.leaves().items()}
-    trained = {name: t for name, t in leaves.items() if t.requires_grad}
-    y = fn(
-        leaves["x"],
-        case.weight,
-        leaves["A"],
-        leaves["B"],
-        leaves.get("bias"),
-        encoders=[t for name, t in leaves.items() if name.startswith("encoders")],
-        decoders=[t for name, t in leaves.items() if name.startswith("decoders")],
-        **{**case.options, **more},
-    )
-    grads = torch.autograd.grad(y, list(trained.values()), case.dy.to(y.dtype))
-    return {"y": y.detach(), **{f"d{name}": grad for name, grad in zip(trained, grads, strict=True)}}
-
-
 def fused(case: Case, frozen: Iterable[str] = (), **more: Any) -> dict[str, Tensor]:
-    """The same through the kernels."""
-    return run(nk.functional.neat_linear, case, frozen, backend="triton", **more)
+    """y and the gradient of every leaf that is not frozen, through the kernels."""
+    return evaluate(nk.functional.neat_linear, case, frozen, backend="triton", **more)
 
 
 def check(case: Case, *, frozen: Iterable[str] = (), plan: str = "fused", **more: Any) -> dict[str, Tensor]:
     """Hold y and every gradient to the error budget; a plan of cuBLAS may round the branch once more."""
     results = fused(case, frozen, **more)
-    eager = run(nk.reference.neat_linear, case, frozen, **more)
+    eager = evaluate(nk.reference.neat_linear, case, frozen, **more)
     extra = branch_rounding(case) if plan == "cublas" and case.x.dtype in HALF_DTYPES else None
     assert_within_budget(results, eager, case, extra)
     return results

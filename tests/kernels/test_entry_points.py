@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import DEVICE, TINY, draw, fused, interpreter_only, run
+from budget import evaluate
+from harness import DEVICE, TINY, draw, fused, interpreter_only
 from torch import nn
 
 import neat_kernels as nk
@@ -209,7 +210,7 @@ class TestWhatCannotRun:
         assert chosen == "torch"
         assert plan.choose_backend("auto", torch.device("cuda"), (torch.float32,), 128) == "triton"
         case = draw(5, 7, 6, r, dtype=dtype)
-        assert torch.isfinite(run(nk.functional.neat_linear, case, backend="auto")["y"]).all()
+        assert torch.isfinite(evaluate(nk.functional.neat_linear, case, backend="auto")["y"]).all()
 
     @interpreter_only
     def test_on_a_cpu_auto_takes_torch(self):
