@@ -13,8 +13,8 @@ from neat_kernels.vocabulary import BACKENDS, HALF_DTYPES, check_choice
 
 # The rank up to which the kernels hold an r-wide tile in registers; above it the branch is a GEMM like any other.
 MAX_R = 128
-# Longest reduction for which the fused GEMM is chosen, where fusing saves the larger share of the time. A prediction: no
-# GPU has timed it.
+# Longest reduction for which the fused GEMM is chosen, where fusing saves the larger share of the time. A prediction:
+# no GPU has timed it.
 FUSED_UP_TO = 2048
 _LOWEST_CAPABILITY = (8, 0)
 _AMD_ARCHS = ("gfx942",)

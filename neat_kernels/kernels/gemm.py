@@ -53,7 +53,8 @@ def low_rank_tile(
         tile = tl.dot(p, q.to(c), tile, input_precision=PRECISION)
     tile = tile * scaling
     if DROPOUT:
-        index = wide_m[:, None] * N + wide_n[None, :]
+        # Columns in 32 bits: as int64 they spill 208 bytes a thread (sm_100, python -m benchmarks.gate).
+        index = wide_m[:, None] * N + offs_n[None, :]
         tile = kept(tile, seed_ptr, index, threshold)
     return tile
 
