@@ -12,7 +12,7 @@ from benchmarks.gate.fake_driver import Launch
 from benchmarks.gate.rules import Expectations
 from neat_kernels.kernels import features
 from neat_kernels.kernels.apply import apply
-from neat_kernels.kernels.branch import branch
+from neat_kernels.kernels.branch import Product
 from neat_kernels.kernels.dgrad import dgrad
 from neat_kernels.kernels.down import down
 from neat_kernels.kernels.down_backward import down_backward
@@ -47,21 +47,22 @@ def _cases() -> Iterator[Case]:
 
 
 def _token(dtype: torch.dtype, r: int, dropout: float = 0.0, compute_dtype: torch.dtype | None = None) -> None:
-    """Both plans of apply and dgrad; the cuBLAS plan only up to its own kernel, since on a CPU the GEMM would run."""
+    """Both plans of apply and dgrad; the cuBLAS plan up to its products, since on a CPU the GEMM would run."""
     c = compute_dtype or dtype
     x, dy = torch.empty(_M, _K, dtype=dtype), torch.empty(_M, _N, dtype=dtype)
     W, bias = torch.empty(_N, _K, dtype=dtype), torch.empty(_N, dtype=dtype)
     D, U = torch.empty(_K, r), torch.empty(_N, r)
     seed = torch.zeros(1, dtype=torch.int64) if dropout else None
-    S = down(x, D, seed, dropout, c)
-    branch(S, U, bias, dtype=dtype, scaling=0.5)
-    dS, *_ = up_backward(dy, U, S, 0.5, c, torch.float32, dtype)
+    for product in (Product(U, bias, 0.5, dtype), None):
+        S, _ = down(x, D, seed, dropout, c, product)
+    for product in (Product(D, None, 1.0, dtype, seed, dropout), None):
+        dS, *_ = up_backward(dy, U, S, 0.5, c, torch.float32, dtype, product)
+    up_backward(dy, U, S, 0.5, c, torch.float32, None)  # a bias is seldom trained
     assert dS is not None
-    branch(dS, D, dtype=dtype, scaling=1.0, seed=seed, dropout=dropout)
     down_backward(x, dS, seed, dropout, torch.float32)
     if dtype != torch.float32:  # fp32 has the cuBLAS plan alone
-        apply(x, W, bias, S, U, 0.5, "fused")
-        dgrad(dy, W, dS, D, seed, dropout, "fused")
+        apply(x, W, bias, S, U, 0.5, None)
+        dgrad(dy, W, dS, D, seed, dropout, None)
 
 
 def _features(
@@ -119,13 +120,21 @@ def _gemm(launch: Launch) -> Expectations:
     return Expectations(_both(base, low_rank), {**_reads("a_ptr", "b_ptr"), **_stored_tile(launch)})
 
 
-def _branch(launch: Launch) -> Expectations:
-    words, rows = _words(launch, "p_ptr"), launch.arguments["BLOCK_M"]
-    return Expectations(_matrix(launch, words, rows), _stored_tile(launch))
+def _product(launch: Launch, words: str) -> tuple[tuple[str, ...], dict[str, int]]:
+    """The matrix instructions and accesses of a product that a stage writes; none where it writes none."""
+    if "c_ptr" not in launch.tensors:
+        return (), {}
+    return _matrix(launch, words, launch.arguments["BLOCK_M"]), _stored_tile(launch)
 
 
 def _down(launch: Launch) -> Expectations:
-    return Expectations(_matrix(launch, _words(launch, "s_ptr"), launch.arguments["BLOCK_M"]), _reads("x_ptr"))
+    words = _words(launch, "s_ptr")
+    mma, widths = _product(launch, words)
+    return Expectations(_both(_matrix(launch, words, launch.arguments["BLOCK_M"]), mma), {**_reads("x_ptr"), **widths})
+
+
+def _finish(launch: Launch) -> Expectations:
+    return Expectations(*_product(launch, _words(launch, "ds_ptr")))
 
 
 def _down_backward(launch: Launch) -> Expectations:
@@ -165,11 +174,10 @@ def _sum(launch: Launch) -> Expectations:
 
 MEANT: dict[str, Callable[[Launch], Expectations]] = {
     "gemm._gemm_kernel": _gemm,
-    "branch._branch_kernel": _branch,
     "down._down_kernel": _down,
     "down_backward._down_backward_kernel": _down_backward,
     "up_backward._up_backward_kernel": _up_backward,
-    "up_backward._finish_kernel": _sum,
+    "up_finish._finish_kernel": _finish,
     "reduce._reduce_kernel": _sum,
     "features._project_kernel": _weight,
     "features._finish_kernel": _chain,

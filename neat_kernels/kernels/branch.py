@@ -1,9 +1,11 @@
-"""The low-rank product alone, written in C's dtype for cuBLAS to accumulate the base GEMM onto.
+"""The low-rank product alone, for cuBLAS to accumulate the base GEMM onto: written by the stage that makes its P.
 
 C = scaling·(P·Qᵀ) ∘ mask + bias
 
 P [M,r], Q [N,r] in any float dtype, rounded to P's; bias [N] → C [M,N]. Writes C once and reads nothing of its size.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -12,16 +14,44 @@ from torch import Tensor
 
 from neat_kernels.kernels import launch
 from neat_kernels.kernels.gemm import add_bias, low_rank_tile, store_tile
-from neat_kernels.torch_backend.dropout import threshold as keep_threshold
+from neat_kernels.kernels.tiles import narrow_tile
 
 
-@triton.jit(do_not_specialize=["M", "threshold"])
-def _branch_kernel(
+class Product(NamedTuple):
+    """What C takes besides P; `dtype` is C's."""
+
+    Q: Tensor
+    bias: Tensor | None
+    scaling: float
+    dtype: torch.dtype
+    seed: Tensor | None = None
+    dropout: float = 0.0
+
+    def empty(self, M: int) -> Tensor:
+        """C for M rows of P."""
+        return self.Q.new_empty((M, self.Q.shape[0]), dtype=self.dtype)
+
+
+def columns(blocks: int, N: int, block_n: int, device: torch.device) -> tuple[int, int]:
+    """(pieces, tiles in a piece) of C's columns, for `blocks` blocks of rows that leave some of the device idle.
+
+    The programs of one block of rows each make P again, which is cheaper than to wait for it: what they read is in the
+    L2 cache.
+    """
+    return launch.split(blocks, N, block_n, device, fill=1)
+
+
+@triton.jit
+def write_product(
+    p,
     p_ptr,
     q_ptr,
     bias_ptr,
     seed_ptr,
     c_ptr,
+    offs_m,
+    piece,
+    steps,
     M,
     N,
     stride_qn,
@@ -30,60 +60,29 @@ def _branch_kernel(
     scaling,
     threshold,
     R: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    blocks_n = tl.cdiv(N, BLOCK_N)
-    offs_m = (tl.program_id(0) // blocks_n) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = (tl.program_id(0) % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = low_rank_tile(
-        p_ptr, q_ptr, seed_ptr, offs_m, offs_n, M, N, stride_qn, stride_qr, scaling, threshold,
-        R, BLOCK_R, DROPOUT, PRECISION,
-    )  # [BLOCK_M, BLOCK_N]  # fmt: skip
-    if bias_ptr is not None:
-        acc = add_bias(acc, bias_ptr, stride_bias, offs_n, N)
-    store_tile(c_ptr, acc, offs_m, offs_n, M, N)
+    """Store p [BLOCK_M, BLOCK_R] as P's rows offs_m and, if there is a C, their piece of it: `steps` tiles of BLOCK_N.
 
-
-def branch(
-    P: Tensor,
-    Q: Tensor,
-    bias: Tensor | None = None,
-    *,
-    dtype: torch.dtype,
-    scaling: float,
-    seed: Tensor | None = None,
-    dropout: float = 0.0,
-) -> Tensor:
-    """C [M,N] in `dtype`, contiguous; P must be contiguous."""
-    M, N, r = P.shape[0], Q.shape[0], P.shape[1]
-    C = P.new_empty((M, N), dtype=dtype)
-    config = launch.config("branch", P.device, r, P.element_size())
-    blocks = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
-    if blocks == 0:
-        return C
-    _branch_kernel[(blocks,)](
-        P,
-        Q,
-        bias,
-        seed,
-        C,
-        M,
-        N,
-        *Q.stride(),
-        1 if bias is None else bias.stride(0),
-        scaling if seed is None else scaling / (1.0 - dropout),
-        keep_threshold(dropout),
-        R=r,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_R=launch.block_r(r),
-        DROPOUT=seed is not None,
-        PRECISION=launch.branch_precision(P.device),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
-    return C
+    P [pieces,M,r] contiguous has a copy for every piece, since the programs of a block of rows do not wait for each
+    other. p is read back from memory, a slice of r at a time, as the GEMM reads it.
+    """
+    offs, mask = narrow_tile(offs_m, M, R, BLOCK_R)
+    p_ptr += tl.cast(piece, tl.int64) * M * R
+    tl.store(p_ptr + offs, p.to(p_ptr.dtype.element_ty), mask=mask)
+    if c_ptr is not None:
+        tl.debug_barrier()
+        first = piece * steps * BLOCK_N
+        last = tl.minimum(first + steps * BLOCK_N, N)
+        for start in tl.range(first, last, BLOCK_N, num_stages=1):
+            offs_n = start + tl.arange(0, BLOCK_N)
+            tile = low_rank_tile(
+                p_ptr, q_ptr, seed_ptr, offs_m, offs_n, M, N, stride_qn, stride_qr, scaling, threshold,
+                R, BLOCK_R, DROPOUT, PRECISION,
+            )  # [BLOCK_M, BLOCK_N]  # fmt: skip
+            if bias_ptr is not None:
+                tile = add_bias(tile, bias_ptr, stride_bias, offs_n, N)
+            store_tile(c_ptr, tile, offs_m, offs_n, M, N)

@@ -1,6 +1,6 @@
-"""The down stage: S = x̃·D, x̃ = x ∘ mask / (1 - p) under dropout, else x.
+"""The down stage: S = x̃·D, x̃ = x ∘ mask / (1 - p) under dropout, else x; where cuBLAS follows, s·S·Uᵀ + bias too.
 
-x [M,K], D [K,r] → S [M,r] in the branch dtype c, to which D is rounded first. Reads x once.
+x [M,K], D [K,r] → S [M,r] in the branch dtype c, to which D is rounded first; s·S·Uᵀ + bias [M,N]. Reads x once.
 """
 
 import torch
@@ -9,71 +9,97 @@ import triton.language as tl
 from torch import Tensor
 
 from neat_kernels.kernels import launch
+from neat_kernels.kernels.branch import Product, columns, write_product
 from neat_kernels.kernels.skinny import tall_times_narrow
-from neat_kernels.kernels.tiles import narrow_tile
 from neat_kernels.torch_backend.dropout import threshold
 
 
-@triton.jit(do_not_specialize=["M", "threshold"])
+@triton.jit(do_not_specialize=["M", "steps", "threshold"])
 def _down_kernel(
     x_ptr,
     d_ptr,
     s_ptr,
+    u_ptr,
+    bias_ptr,
+    c_ptr,
     seed_ptr,
     M,
+    N,
     K,
+    steps,
     stride_xm,
     stride_xk,
     stride_dk,
     stride_dr,
+    stride_un,
+    stride_ur,
+    stride_bias,
+    scaling,
     threshold,
     inv_keep,
     R: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    c: tl.constexpr = s_ptr.dtype.element_ty
-    acc = tall_times_narrow(
+    s = tall_times_narrow(
         x_ptr, d_ptr, None, seed_ptr, offs_m, M, K, 0, tl.cdiv(K, BLOCK_K),
         stride_xm, stride_xk, stride_dk, stride_dr, K, 1, threshold,
-        R, BLOCK_K, BLOCK_R, c, None, DROPOUT, PRECISION,
+        R, BLOCK_K, BLOCK_R, s_ptr.dtype.element_ty, None, DROPOUT, PRECISION,
     )  # [BLOCK_M, BLOCK_R]  # fmt: skip
     if DROPOUT:
-        acc = acc * inv_keep
-    offs, mask = narrow_tile(offs_m, M, R, BLOCK_R)
-    tl.store(s_ptr + offs, acc.to(c), mask=mask)
+        s = s * inv_keep
+    write_product(
+        s, s_ptr, u_ptr, bias_ptr, None, c_ptr, offs_m, tl.program_id(1), steps, M, N, stride_un, stride_ur,
+        stride_bias, scaling, 0, R, BLOCK_N, BLOCK_R, False, PRECISION,
+    )  # fmt: skip
 
 
-def down(x: Tensor, D: Tensor, seed: Tensor | None, dropout: float, dtype: torch.dtype) -> Tensor:
-    """S [M,r] in `dtype`."""
+def down(
+    x: Tensor, D: Tensor, seed: Tensor | None, dropout: float, dtype: torch.dtype, product: Product | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """S [M,r] in `dtype`, and the product [M,N] that was asked for, contiguous."""
     M, K = x.shape
     r = D.shape[1]
-    S = x.new_empty((M, r), dtype=dtype)
-    config = launch.config("rows", x.device, r, dtype.itemsize)
-    if M == 0:
-        return S
-    _down_kernel[(triton.cdiv(M, config.block_m),)](
-        x,
-        D,
-        S,
-        seed,
-        M,
-        K,
-        *x.stride(),
-        *D.stride(),
-        threshold(dropout),
-        1.0 / (1.0 - dropout),
-        R=r,
-        BLOCK_M=config.block_m,
-        BLOCK_K=config.block_k,
-        BLOCK_R=launch.block_r(r),
-        DROPOUT=seed is not None,
-        PRECISION=launch.branch_precision(x.device),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
-    return S
+    config = launch.config("down" if seed is None else "down dropout", x.device, r, dtype.itemsize)
+    blocks, U, bias, C = triton.cdiv(M, config.block_m), None, None, None
+    pieces, steps, scaling = 1, 0, 1.0
+    if product is not None:
+        U, bias, scaling, C = product.Q, product.bias, product.scaling, product.empty(M)
+        pieces, steps = columns(blocks, U.shape[0], config.block_n, x.device)
+    S = x.new_empty((pieces, M, r), dtype=dtype)
+    if blocks:
+        _down_kernel[(blocks, pieces)](
+            x,
+            D,
+            S,
+            U,
+            bias,
+            C,
+            seed,
+            M,
+            1 if U is None else U.shape[0],
+            K,
+            steps,
+            *x.stride(),
+            *D.stride(),
+            *((0, 0) if U is None else U.stride()),
+            1 if bias is None else bias.stride(0),
+            scaling,
+            threshold(dropout),
+            1.0 / (1.0 - dropout),
+            R=r,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
+            BLOCK_R=launch.block_r(r),
+            DROPOUT=seed is not None,
+            PRECISION=launch.branch_precision(x.device),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    return S[0], C

@@ -13,6 +13,7 @@ from torch import Tensor
 from neat_kernels.kernels import launch
 from neat_kernels.kernels.chain import chain_forward
 from neat_kernels.kernels.features_backward import features_backward
+from neat_kernels.kernels.reduce import block_pieces, ordered_sum
 from neat_kernels.kernels.skinny import tall_times_narrow
 from neat_kernels.kernels.tiles import narrow_tile
 from neat_kernels.vocabulary import HALF_DTYPES
@@ -69,15 +70,14 @@ def _finish_kernel(
     R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCK_PIECES: tl.constexpr,
     ACTIVATION: tl.constexpr,
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs, mask = narrow_tile(offs_m, rows, R, BLOCK_R)
-    z = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for piece in range(pieces):
-        z += tl.load(partial_ptr + tl.cast(piece, tl.int64) * rows * R + offs, mask=mask, other=0.0)
+    z = ordered_sum(partial_ptr, offs, mask, tl.cast(rows, tl.int64) * R, pieces, BLOCK_PIECES)  # [BLOCK_M, BLOCK_R]
     tl.store(z_ptr + offs, z, mask=mask)
     h = chain_forward(z, chain_ptr, trace_ptr, offs_m, rows, R, BLOCK_R, DEPTH, ACTIVATION, PRECISION)
     tl.store(h_ptr + offs, h, mask=mask)
@@ -148,6 +148,16 @@ def _features(
     if pieces > 1:
         config = launch.config("chain", device, r, 4)
         _finish_kernel[(triton.cdiv(rows, config.block_m),)](
-            partial, chain, trace, Z, H, rows, pieces, BLOCK_M=config.block_m, num_warps=config.num_warps, **shared
+            partial,
+            chain,
+            trace,
+            Z,
+            H,
+            rows,
+            pieces,
+            BLOCK_M=config.block_m,
+            BLOCK_PIECES=block_pieces(config.block_m * launch.block_r(r)),
+            num_warps=config.num_warps,
+            **shared,
         )
     return H, Z

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from neat_kernels.kernels import launch
 from neat_kernels.kernels.apply import apply
+from neat_kernels.kernels.branch import Product
 from neat_kernels.kernels.dgrad import dgrad
 from neat_kernels.kernels.down import down
 from neat_kernels.kernels.down_backward import down_backward
@@ -25,8 +26,10 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """y [M,N] in x's dtype and S [M,r] in the branch dtype."""
     with launch.on(x.device):
-        S = down(x, D, seed, branch.dropout, branch.compute_dtype or x.dtype)
-        return apply(x, weight.to(x.dtype), bias, S, U, branch.scaling, gemm_plans(branch.backend)[0]), S
+        cublas = gemm_plans(branch.backend)[0] == "cublas"
+        product = Product(U, bias, branch.scaling, x.dtype) if cublas else None
+        S, y = down(x, D, seed, branch.dropout, branch.compute_dtype or x.dtype, product)
+        return apply(x, weight.to(x.dtype), bias, S, U, branch.scaling, y), S
 
 
 def backward(
@@ -46,12 +49,16 @@ def backward(
         S = None if S is None else S.contiguous()
         U = U if needs.dx or needs.ddown is not None else None
         c = branch.compute_dtype or dy.dtype
-        dS, dup, dbias = up_backward(dy, U, S, branch.scaling, c, needs.dup, needs.dbias)
+        product = None
+        if needs.dx and gemm_plans(branch.backend)[1] == "cublas":
+            assert D is not None
+            product = Product(D, None, 1.0, dy.dtype, seed, branch.dropout)
+        dS, dup, dbias, onto = up_backward(dy, U, S, branch.scaling, c, needs.dup, needs.dbias, product)
         if needs.dx:
             assert weight is not None
             assert D is not None
             assert dS is not None
-            dx = dgrad(dy, weight.to(dy.dtype), dS, D, seed, branch.dropout, gemm_plans(branch.backend)[1])
+            dx = dgrad(dy, weight.to(dy.dtype), dS, D, seed, branch.dropout, onto)
         if needs.ddown is not None:
             assert x is not None
             assert dS is not None

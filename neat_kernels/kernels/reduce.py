@@ -8,27 +8,32 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 512
-# Partial sums read at a time: enough loads in flight to hide their latency.
-BLOCK_PIECES = 8
+
+
+def block_pieces(tile: int) -> int:
+    """Partial sums of a tile of so many elements read at a time: enough loads in flight to hide their latency, few
+    enough to fit into the registers of 128 threads.
+    """
+    return min(8, max(1, 4096 // tile))
 
 
 @triton.jit
-def ordered_sum(partial_ptr, offs, size, pieces, BLOCK_PIECES: tl.constexpr):
-    """fp32 Σ_i partial[i, offs] for offs [BLOCK] of `size`, zero where offs >= size."""
-    acc = tl.zeros((offs.shape[0],), tl.float32)  # [BLOCK]
+def ordered_sum(partial_ptr, offs, mask, size, pieces, BLOCK_PIECES: tl.constexpr):
+    """fp32 Σ_i partial[i, offs] for offs [BLOCK_M, BLOCK_N] of `size`, zero where not mask."""
+    acc = tl.zeros(offs.shape, tl.float32)  # [BLOCK_M, BLOCK_N]
     for start in range(0, pieces, BLOCK_PIECES):
         offs_p = start + tl.arange(0, BLOCK_PIECES)
-        mask = (offs_p < pieces)[:, None] & (offs < size)[None, :]
-        tile = tl.load(partial_ptr + offs_p.to(tl.int64)[:, None] * size + offs[None, :], mask=mask, other=0.0)
-        acc += tl.sum(tile, axis=0)  # [BLOCK_PIECES, BLOCK] → [BLOCK]
+        ptrs = partial_ptr + offs_p.to(tl.int64)[:, None, None] * size + offs[None, :, :]
+        tile = tl.load(ptrs, mask=(offs_p < pieces)[:, None, None] & mask[None, :, :], other=0.0)
+        acc += tl.sum(tile, axis=0)  # [BLOCK_PIECES, BLOCK_M, BLOCK_N] → [BLOCK_M, BLOCK_N]
     return acc
 
 
 @triton.jit
 def sum_block(partial_ptr, out_ptr, pid, size, pieces, scaling, BLOCK: tl.constexpr, BLOCK_PIECES: tl.constexpr):
     """Write block `pid` of out."""
-    offs = tl.cast(pid, tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    acc = ordered_sum(partial_ptr, offs, size, pieces, BLOCK_PIECES) * scaling
+    offs = tl.cast(pid, tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    acc = ordered_sum(partial_ptr, offs, offs < size, size, pieces, BLOCK_PIECES) * scaling
     tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=offs < size)
 
 
@@ -42,6 +47,13 @@ def reduce(partial: Tensor, out: Tensor, scaling: float = 1.0) -> Tensor:
     if out.numel():
         grid = (triton.cdiv(out.numel(), BLOCK),)
         _reduce_kernel[grid](
-            partial, out, out.numel(), partial.shape[0], scaling, BLOCK=BLOCK, BLOCK_PIECES=BLOCK_PIECES, num_warps=4
+            partial,
+            out,
+            out.numel(),
+            partial.shape[0],
+            scaling,
+            BLOCK=BLOCK,
+            BLOCK_PIECES=block_pieces(BLOCK),
+            num_warps=4,
         )
     return out

@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from harness import use_multiprocessors
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from neat_kernels.kernels import features, low_rank
 from neat_kernels.kernels.apply import apply
+from neat_kernels.kernels.branch import Product
 from neat_kernels.kernels.dgrad import dgrad
 from neat_kernels.kernels.down import down
 from neat_kernels.kernels.down_backward import down_backward
@@ -89,7 +91,7 @@ def test_down_reads_x_once(accesses, dropout):
     t, interpreter = tensors()
     seed = torch.tensor([5]) if dropout else None
     with interpreter:
-        S = down(t["x"], t["D"], seed, dropout, torch.bfloat16)
+        S, _ = down(t["x"], t["D"], seed, dropout, torch.bfloat16)
     assert (accesses.reads(t["x"]) == 1).all()
     assert (accesses.writes(S) == 1).all()
 
@@ -98,7 +100,7 @@ def test_apply_writes_y_once_and_never_reads_it(accesses):
     t, interpreter = tensors()
     S = torch.randn(M, R).bfloat16()
     with interpreter:
-        y = apply(t["x"], t["W"], t["bias"], S, t["U"], 0.5, "fused")
+        y = apply(t["x"], t["W"], t["bias"], S, t["U"], 0.5, None)
     assert (accesses.writes(y) == 1).all()
     assert not accesses.reads(y).any()
     # Once for each of the 4 tile columns and 3 tile rows of y, which share them in the L2 cache.
@@ -110,7 +112,7 @@ def test_dgrad_writes_dx_once_and_never_reads_it(accesses):
     t, interpreter = tensors()
     dS = torch.randn(M, R).bfloat16()
     with interpreter:
-        dx = dgrad(t["dy"], t["W"], dS, t["D"], None, 0.0, "fused")
+        dx = dgrad(t["dy"], t["W"], dS, t["D"], None, 0.0, None)
     assert (accesses.writes(dx) == 1).all()
     assert not accesses.reads(dx).any()
 
@@ -121,8 +123,23 @@ def test_dS_and_dU_and_dbias_come_from_one_read_of_dy(accesses):
     with interpreter:
         gradients = up_backward(t["dy"], t["U"], S, 0.5, torch.bfloat16, torch.float32, torch.float32)
     assert (accesses.reads(t["dy"]) == 1).all()
-    for gradient in gradients:
+    for gradient in gradients[:3]:
         assert (accesses.writes(gradient) == 1).all()
+
+
+@pytest.mark.parametrize("multiprocessors", [0, 1000])
+def test_a_product_for_cublas_is_written_once_and_never_read(accesses, multiprocessors, monkeypatch):
+    use_multiprocessors(monkeypatch, multiprocessors)
+    t, interpreter = tensors()
+    with interpreter:
+        S, y = down(t["x"], t["D"], None, 0.0, torch.bfloat16, Product(t["U"], t["bias"], 0.5, torch.bfloat16))
+        product = Product(t["D"], None, 1.0, torch.bfloat16)
+        dS, _, _, dx = up_backward(t["dy"], t["U"], S, 0.5, torch.bfloat16, None, None, product)
+    for written in (S, dS, y, dx):
+        assert (accesses.writes(written) == 1).all()
+    for large in (y, dx):
+        assert not accesses.reads(large).any()
+    assert (accesses.reads(t["dy"]) == 1).all()
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

@@ -53,7 +53,14 @@ MUTATIONS = [
         "stride_bias, mask=offs_n >= 0",
         (FIRST,),
     ),
-    Mutation("rows of dy", "up_backward.py", "mask_m, mask_r = offs_m < M", "mask_m, mask_r = offs_m >= 0", (FIRST,)),
+    Mutation("rows of dy", "up_backward.py", "mask=(offs_m < M)", "mask=(offs_m >= 0)", (FIRST,)),
+    Mutation(
+        "columns of dy",
+        "up_backward.py",
+        "wide_n, mask_n = offs_n.to(tl.int64), offs_n < N",
+        "wide_n, mask_n = offs_n.to(tl.int64), offs_n >= 0",
+        (FIRST,),
+    ),
     Mutation(
         "padding of the chain's matrices",
         "chain.py",
@@ -76,7 +83,7 @@ MUTATIONS = [
         "& (offs_r < BLOCK_R)[None, :]",
         (FIRST,),
     ),
-    Mutation("end of a sum", "reduce.py", "mask=offs < size)", "mask=offs >= 0)", (FIRST,)),
+    Mutation("end of a sum", "reduce.py", "offs < size, size", "offs >= 0, size", (FIRST,)),
     # Reductions cut short.
     Mutation(
         "last block of the base GEMM", "gemm.py", "range(0, K, BLOCK_K)", "range(0, K - BLOCK_K, BLOCK_K)", (FIRST,)
@@ -102,8 +109,8 @@ MUTATIONS = [
     Mutation(
         "a piece of Z",
         "features.py",
-        "in range(pieces)",
-        "in range(pieces - 1)",
+        "* R, pieces, BLOCK_PIECES)",
+        "* R, pieces - 1, BLOCK_PIECES)",
         (f"{PIECES}[(5, 811, 13)-out-1-torch.float32]",),
     ),
     Mutation(
@@ -116,21 +123,21 @@ MUTATIONS = [
     Mutation(
         "last block of a piece of dy",
         "up_backward.py",
-        "tl.minimum(first + steps * BLOCK_N, N)",
-        "tl.minimum(first + (steps - 1) * BLOCK_N, N)",
-        (f"{ONE_GRADIENT}-dup]",),
+        "tl.minimum(first + steps * BLOCK_M, M)",
+        "tl.minimum(first + (steps - 1) * BLOCK_M, M)",
+        (FIRST,),
     ),
     # Factors and signs.
     Mutation("scaling in y", "gemm.py", "tile = tile * scaling", "tile = tile", (FIRST,)),
     Mutation("sign of the branch", "gemm.py", "acc += low_rank_tile(", "acc -= low_rank_tile(", (LAST,)),
     Mutation(
         "scaling in dS",
-        "up_backward.py",
-        "tl.cast(M, tl.int64) * R, pieces, scaling,",
-        "tl.cast(M, tl.int64) * R, pieces, 1.0,",
+        "up_finish.py",
+        "pieces, TALL_PIECES) * scaling",
+        "pieces, TALL_PIECES)",
         (FIRST,),
     ),
-    Mutation("scaling in dbias", "up_backward.py", "N, rows, 1.0, BLOCK", "N, rows, scaling, BLOCK", (FIRST,)),
+    Mutation("scaling in dbias", "up_finish.py", "N, rows, 1.0, BLOCK", "N, rows, scaling, BLOCK", (FIRST,)),
     Mutation("bias", "gemm.py", "    if bias_ptr is not None:", "    if False:", (FIRST,)),
     # The chain and the activations.
     Mutation(
@@ -178,7 +185,7 @@ MUTATIONS = [
         ("test_activations.py::TestActivations::test_what_is_not_finite[relu]",),
     ),
     # Dropout.
-    Mutation("1 / (1 - p) in S", "down.py", "acc = acc * inv_keep", "acc = acc", (DROPOUT,)),
+    Mutation("1 / (1 - p) in S", "down.py", "s = s * inv_keep", "s = s", (DROPOUT,)),
     Mutation(
         "1 / (1 - p) in dx", "gemm.py", "scaling if seed is None else scaling / (1.0 - dropout)", "scaling", (DROPOUT,)
     ),
