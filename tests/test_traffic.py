@@ -24,6 +24,7 @@ _FREE = {
     "detach",
     "t",
     "transpose",
+    "select",
     "view",
     "_unsafe_view",
     "alias",
@@ -119,7 +120,7 @@ def test_launches_with_features_given(plan):
 
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
-def test_a_chain_adds_two_launches_whatever_its_depth(plan, orientation):
+def test_a_chain_adds_its_stack_and_its_backward_whatever_its_depth(plan, orientation):
     for depth, expected in ((0, 10), (1, 12), (3, 12)):
         launches, torch_side = observe(case_of(orientation=orientation, depth=depth, activation="tanh"))
         assert len(launches) + len(torch_side) == expected

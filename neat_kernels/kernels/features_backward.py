@@ -3,7 +3,7 @@
 dA = (W·dZ)ᵀ [r,N] (out) or dZᵀ·W [r,K] (in);  dH, Z fp32 [rows,r];  chain, dchain [2p,r,r]
 
 Without a chain dZ = dH∘σ'(Z) is taken on the fly and never stored. With one, a first kernel writes dZ and, a block of
-rows at a time, partial sums of dchain.
+rows at a time, partial sums of dchain; programs of the kernel for dA add them, or the ordered sum where A is frozen.
 """
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from neat_kernels.kernels import launch
 from neat_kernels.kernels.chain import chain_backward
-from neat_kernels.kernels.reduce import reduce
+from neat_kernels.kernels.reduce import BLOCK, block_pieces, reduce, sum_block
 from neat_kernels.kernels.skinny import tall_times_narrow
 from neat_kernels.kernels.tiles import narrow_tile
 
@@ -60,9 +60,14 @@ def _weight_kernel(
     dh_ptr,
     z_ptr,
     da_ptr,
+    shares_ptr,
+    dchain_ptr,
     rows,
     length,
+    blocks,
     steps,
+    size,
+    shares,
     stride_wm,
     stride_wl,
     stride_dhl,
@@ -72,18 +77,24 @@ def _weight_kernel(
     BLOCK_L: tl.constexpr,
     BLOCK_R: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_PIECES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    piece = tl.program_id(1)
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_r = tl.arange(0, BLOCK_R)
-    acc = tall_times_narrow(
-        w_ptr, dh_ptr, z_ptr, None, offs_m, rows, length, piece, steps,
-        stride_wm, stride_wl, stride_dhl, stride_dhr, 0, 0, 0,
-        R, BLOCK_L, BLOCK_R, tl.float32, ACTIVATION, False, PRECISION,
-    )  # [BLOCK_M, BLOCK_R]  # fmt: skip
-    da_ptrs = da_ptr + tl.cast(piece, tl.int64) * rows * R + offs_r.to(tl.int64)[None, :] * rows + offs_m[:, None]
-    tl.store(da_ptrs, acc.to(da_ptr.dtype.element_ty), mask=(offs_m < rows)[:, None] & (offs_r < R)[None, :])
+    pid, piece = tl.program_id(0), tl.program_id(1)
+    if pid < blocks:
+        offs_m = pid * BLOCK_M + tl.arange(0, BLOCK_M)
+        offs_r = tl.arange(0, BLOCK_R)
+        acc = tall_times_narrow(
+            w_ptr, dh_ptr, z_ptr, None, offs_m, rows, length, piece, steps,
+            stride_wm, stride_wl, stride_dhl, stride_dhr, 0, 0, 0,
+            R, BLOCK_L, BLOCK_R, tl.float32, ACTIVATION, False, PRECISION,
+        )  # [BLOCK_M, BLOCK_R]  # fmt: skip
+        da_ptrs = da_ptr + tl.cast(piece, tl.int64) * rows * R + offs_r.to(tl.int64)[None, :] * rows + offs_m[:, None]
+        tl.store(da_ptrs, acc.to(da_ptr.dtype.element_ty), mask=(offs_m < rows)[:, None] & (offs_r < R)[None, :])
+    elif piece == 0:
+        if dchain_ptr is not None:
+            sum_block(shares_ptr, dchain_ptr, pid - blocks, size, shares, 1.0, BLOCK, BLOCK_PIECES)
 
 
 def features_backward(
@@ -96,30 +107,38 @@ def features_backward(
     need_dchain: bool,
 ) -> tuple[Tensor, Tensor]:
     """dA = (W·dZ)ᵀ for W as stored (out) or transposed (in), and dchain; empty where it is not needed."""
-    dZ, dchain = dH, Z.new_empty(0)
     through: str | None = activation
+    dZ, shares, dchain = dH, None, None
     if chain is not None:
-        dZ, dchain = _through_chain(dH, Z, chain, activation, need_dchain)
+        dZ, shares = _through_chain(dH, Z, chain, activation, need_dchain)
         through = None
-    if dA_dtype is None:
-        return Z.new_empty(0), dchain
-    assert W is not None
-    return _weight_gradient(dZ, W, Z, through, dA_dtype), dchain
+        dchain = torch.empty_like(chain) if need_dchain else None
+    dA = Z.new_empty(0)
+    if dA_dtype is not None:
+        assert W is not None
+        dA = _weight_gradient(dZ, W, Z, through, dA_dtype, shares, dchain)
+    elif shares is not None:
+        assert dchain is not None
+        reduce(shares, dchain)
+    return dA, Z.new_empty(0) if dchain is None else dchain
 
 
-def _through_chain(dH: Tensor, Z: Tensor, chain: Tensor, activation: str, need_dchain: bool) -> tuple[Tensor, Tensor]:
+def _through_chain(
+    dH: Tensor, Z: Tensor, chain: Tensor, activation: str, need_dchain: bool
+) -> tuple[Tensor, Tensor | None]:
+    """dZ, and the share that every block of its rows has in dchain."""
     rows, r = Z.shape
     config = launch.config("chain", Z.device, r, 4)
     blocks = triton.cdiv(rows, config.block_m)
     dZ = torch.empty_like(Z)
-    partial = Z.new_empty((blocks, *chain.shape)) if need_dchain else None
+    shares = Z.new_empty((blocks, *chain.shape)) if need_dchain else None
     if blocks:
         _chain_backward_kernel[(blocks,)](
             dH,
             Z,
             chain,
             dZ,
-            partial,
+            shares,
             Z.new_empty((chain.shape[0] + 1, rows, r)),
             rows,
             *dH.stride(),
@@ -132,36 +151,49 @@ def _through_chain(dH: Tensor, Z: Tensor, chain: Tensor, activation: str, need_d
             NEED_DCHAIN=need_dchain,
             num_warps=config.num_warps,
         )
-    if partial is None:
-        return dZ, Z.new_empty(0)
-    return dZ, reduce(partial, torch.empty_like(chain))
+    return dZ, shares
 
 
-def _weight_gradient(dZ: Tensor, W: Tensor, Z: Tensor, activation: str | None, dtype: torch.dtype) -> Tensor:
-    """(W·(dZ∘σ'(Z)))ᵀ [r,rows] for W [rows,length]; dZ as it is where activation is None."""
+def _weight_gradient(
+    dZ: Tensor,
+    W: Tensor,
+    Z: Tensor,
+    activation: str | None,
+    dtype: torch.dtype,
+    shares: Tensor | None,
+    dchain: Tensor | None,
+) -> Tensor:
+    """(W·(dZ∘σ'(Z)))ᵀ [r,rows] for W [rows,length]; dZ as it is where activation is None. Adds the shares of dchain."""
     (rows, length), r, device = W.shape, dZ.shape[1], W.device
     config, blocks, pieces, steps = launch.walk(W, r, 4)
     dA = W.new_empty((r, rows), dtype=dtype)
     partial = dA if pieces == 1 else W.new_empty((pieces, r, rows), dtype=torch.float32)
-    if rows == 0:
-        return dA
-    _weight_kernel[(blocks, pieces)](
-        W,
-        dZ,
-        Z,
-        partial,
-        rows,
-        length,
-        steps,
-        *W.stride(),
-        *dZ.stride(),
-        R=r,
-        BLOCK_M=config.block_m,
-        BLOCK_L=config.block_k,
-        BLOCK_R=launch.block_r(r),
-        ACTIVATION=activation,
-        PRECISION=launch.branch_precision(device),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+    sums = 0 if dchain is None else triton.cdiv(dchain.numel(), BLOCK)
+    if blocks + sums:
+        _weight_kernel[(blocks + sums, pieces)](
+            W,
+            dZ,
+            Z,
+            partial,
+            shares,
+            dchain,
+            rows,
+            length,
+            blocks,
+            steps,
+            0 if dchain is None else dchain.numel(),
+            0 if shares is None else shares.shape[0],
+            *W.stride(),
+            *dZ.stride(),
+            R=r,
+            BLOCK_M=config.block_m,
+            BLOCK_L=config.block_k,
+            BLOCK_R=launch.block_r(r),
+            ACTIVATION=activation,
+            BLOCK=BLOCK,
+            BLOCK_PIECES=block_pieces(BLOCK),
+            PRECISION=launch.branch_precision(device),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
     return dA if pieces == 1 else reduce(partial, dA)

@@ -79,7 +79,7 @@ _CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
     },
     "down dropout": {
         "default": {32: Config(32, 128, 64, 4, 3), 128: Config(32, 64, 64, 4, 2)},
-        "gfx942": {32: Config(32, 128, 64, 4, 2), 128: Config(64, 64, 64, 4, 1)},
+        "gfx942": {32: Config(32, 128, 64, 4, 2), 128: Config(64, 64, 32, 4, 1)},
     },
     "down fp32": {
         "default": {32: Config(32, 64, 64, 4, 3), 128: Config(32, 32, 32, 4, 2)},

@@ -11,8 +11,9 @@ BLOCK = 512
 
 
 def block_pieces(tile: int) -> int:
-    """Partial sums of a tile of so many elements read at a time: enough loads in flight to hide their latency, few
-    enough to fit into the registers of 128 threads.
+    """Partial sums of a tile of so many elements to read at a time.
+
+    Enough loads in flight to hide their latency, few enough to fit into the registers of 128 threads.
     """
     return min(8, max(1, 4096 // tile))
 
