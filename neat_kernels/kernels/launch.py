@@ -81,6 +81,10 @@ _CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
         "default": {32: Config(32, 128, 64, 4, 3), 128: Config(32, 64, 64, 4, 2)},
         "gfx942": {32: Config(32, 128, 64, 4, 2), 128: Config(64, 64, 32, 4, 1)},
     },
+    "down dropout fp32": {
+        "default": {32: Config(32, 64, 64, 4, 3), 128: Config(32, 32, 32, 4, 1)},
+        "gfx942": {32: Config(32, 64, 64, 4, 2), 128: Config(32, 32, 64, 4, 1)},
+    },
     "down fp32": {
         "default": {32: Config(32, 64, 64, 4, 3), 128: Config(32, 32, 32, 4, 2)},
         "gfx942": {32: Config(32, 64, 64, 4, 2), 128: Config(32, 32, 64, 4, 1)},
@@ -123,6 +127,7 @@ _CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
     },
     "up_backward fp32": {
         "default": {16: Config(32, 128, 0, 8, 2), 64: Config(32, 32, 0, 4, 2), 128: Config(32, 32, 0, 4, 1)},
+        "sm_100": {16: Config(32, 128, 0, 8, 2), 64: Config(32, 32, 0, 4, 2), 128: Config(32, 64, 0, 8, 1)},
         "gfx942": {16: Config(32, 128, 0, 8, 1), 128: Config(64, 32, 0, 4, 1)},
     },
     # dS from its partial sums, with tiles of block_n columns of a product of dS that follows.
@@ -132,6 +137,7 @@ _CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
     },
     "finish fp32": {
         "default": {32: Config(16, 64, 0, 4, 1), 128: Config(32, 32, 0, 4, 1)},
+        "sm_100": {128: Config(16, 64, 0, 4, 1)},
     },
     # g and its backward on [block_m, r] tiles.
     "chain": {

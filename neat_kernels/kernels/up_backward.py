@@ -58,6 +58,8 @@ def _up_backward_kernel(
         offs_m = start + tl.arange(0, BLOCK_M)
         dy_ptrs = dy_ptr + offs_m.to(tl.int64)[:, None] * stride_dym + wide_n[None, :] * stride_dyn
         dy = tl.load(dy_ptrs, mask=(offs_m < M)[:, None] & mask_n[None, :], other=0.0)  # [BLOCK_M, BLOCK_N]
+        if dbias_ptr is not None:
+            dbias += tl.sum(dy.to(tl.float32), axis=0)
         offs_s, mask_s = narrow_tile(offs_m, M, R, BLOCK_R)
         if du_ptr is not None:
             s = tl.load(s_ptr + offs_s, mask=mask_s, other=0.0)  # [BLOCK_M, BLOCK_R]
@@ -65,8 +67,6 @@ def _up_backward_kernel(
         if ds_ptr is not None:
             ds = tl.dot(dy.to(COMPUTE), u, input_precision=PRECISION)  # [BLOCK_M, BLOCK_R]
             tl.store(ds_ptr + tl.cast(pid_n, tl.int64) * M * R + offs_s, ds, mask=mask_s)
-        if dbias_ptr is not None:
-            dbias += tl.sum(dy.to(tl.float32), axis=0)
     row = tl.cast(piece, tl.int64) * N
     if du_ptr is not None:
         tl.store(du_ptr + row * R + offs_u, du, mask=mask_u)
