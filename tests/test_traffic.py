@@ -79,7 +79,7 @@ TOKEN_SIDE = {
     "up_finish._finish_kernel": 1,
     "down_backward._down_backward_kernel": 1,
 }
-BASE_GEMMS = {"fused": {"gemm._gemm_kernel": 2}, "cublas": {}}
+BASE_GEMMS = {"fused": {"gemm_descriptor._gemm_descriptor_kernel": 2}, "cublas": {}}
 # Kernels of the features and second stages of the reductions, the token side's one among them.
 WEIGHT_SIDE = {
     ("out", 0): {
@@ -134,7 +134,7 @@ def large(launch, case):
 
 OPERANDS = {
     "down._down_kernel": [["x_ptr"]],
-    "gemm._gemm_kernel": [["a_ptr", "b_ptr", "c_ptr"]] * 2,
+    "gemm_descriptor._gemm_descriptor_kernel": [["a_desc", "b_desc", "c_desc"]] * 2,
     "up_backward._up_backward_kernel": [["dy_ptr"]],
     "down_backward._down_backward_kernel": [["x_ptr"]],
     "features._project_kernel": [["w_ptr"]],

@@ -169,9 +169,9 @@ def checked_addresses() -> Iterator[None]:
         launch.allow([t for t in bases if isinstance(t, Tensor)])
         return args_hst, kwargs_hst
 
-    def masked_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
+    def masked_load(self: Any, ptrs: Any, mask: Any, *rest: Any, **named: Any) -> Any:
         launch.load(_program(self), ptrs.data, mask.data)
-        return load(self, ptrs, mask, *rest)
+        return load(self, ptrs, mask, *rest, **named)
 
     def masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
         launch.store(_program(self), ptrs.data, mask.data)

@@ -6,7 +6,7 @@ import torch
 from harness import use_multiprocessors
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from neat_kernels.kernels import features, low_rank
+from neat_kernels.kernels import features, launch, low_rank
 from neat_kernels.kernels.apply import apply
 from neat_kernels.kernels.branch import Product
 from neat_kernels.kernels.dgrad import dgrad
@@ -63,9 +63,9 @@ def accesses(monkeypatch):
     seen = Accesses()
     load, store = Builder.create_masked_load, Builder.create_masked_store
 
-    def create_masked_load(self, ptrs, mask, *rest):
+    def create_masked_load(self, ptrs, mask, *rest, **named):
         seen.loaded.append(ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape)].ravel())
-        return load(self, ptrs, mask, *rest)
+        return load(self, ptrs, mask, *rest, **named)
 
     def create_masked_store(self, ptrs, value, mask, *rest):
         seen.stored.append(ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape)].ravel())
@@ -78,8 +78,6 @@ def accesses(monkeypatch):
 
 
 def tensors(dtype=torch.bfloat16):
-    from neat_kernels.kernels import launch
-
     shapes = {"x": (M, K), "W": (N, K), "dy": (M, N), "bias": (N,)}
     drawn = {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
     drawn |= {"D": torch.randn(K, R), "U": torch.randn(N, R)}
@@ -106,6 +104,23 @@ def test_apply_writes_y_once_and_never_reads_it(accesses):
     # Once for each of the 4 tile columns and 3 tile rows of y, which share them in the L2 cache.
     assert (accesses.reads(t["x"]) == 4).all()
     assert (accesses.reads(t["W"]) == 3).all()
+
+
+def test_descriptors_move_what_pointers_do(accesses):
+    _, interpreter = tensors()
+    x, W, S, U = (
+        torch.randn(M, 200).bfloat16(),
+        torch.randn(104, 200).bfloat16(),
+        torch.randn(M, R),
+        torch.randn(104, R),
+    )
+    with interpreter:
+        y = apply(x, W, None, S.bfloat16(), U, 0.5, None)
+    assert launch.has_descriptors(x.device)
+    assert (accesses.writes(y) == 1).all()
+    assert not accesses.reads(y).any()
+    assert (accesses.reads(x) == 4).all()
+    assert (accesses.reads(W) == 3).all()
 
 
 def test_dgrad_writes_dx_once_and_never_reads_it(accesses):

@@ -15,8 +15,8 @@ def tiles(arch):
     """What the interpreter sees of an arch: neither warps nor stages."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "target", lambda device: launch.Target(arch, 132))
-        configs = [launch.config(stage, CPU, r, 2)[:3] for stage in launch._CONFIGS for r in (32, 64, 128)]
-        return (*configs, launch.low_rank_first(CPU))
+        configs = [launch.config(stage, CPU, r, 2)[:3] for stage in launch._CONFIGS for r in (16, 32, 64, 128)]
+        return (*configs, launch.low_rank_first(CPU), launch.has_descriptors(CPU))
 
 
 DIFFERENT = list({tiles(arch): arch for arch in reversed(ARCHS)}.values())
@@ -32,6 +32,7 @@ def pretend(monkeypatch, arch, plan="fused"):
     ("shape", "dtype", "options"),
     [
         ((137, 263, 70, 16), HALF, {}),
+        ((137, 264, 72, 16), HALF, {}),
         ((137, 140, 139, 64), HALF, {"orientation": "in", "depth": 1}),
         ((70, 139, 131, 33), torch.float16, {"compute_dtype": SINGLE, "adapter_dtype": SINGLE}),
         ((133, 70, 263, 8), SINGLE, {"orientation": "in", "depth": 2}),

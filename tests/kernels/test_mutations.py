@@ -21,6 +21,9 @@ PIECES = "test_numbers.py::test_reductions_in_uneven_pieces"
 BANDS = "test_guard_bands.py::test_token_side_between_strided_inputs"
 ONE_GRADIENT = "test_guard_bands.py::test_token_side_backward_one_gradient_at_a_time[many pieces"
 DROPOUT = "test_options.py::TestDropout::test_the_mask_is_the_references[torch.float32-0.5]"
+TOKENS = "test_descriptors.py::test_any_number_of_tokens[33]"
+PERSISTENT = "test_descriptors.py::test_programs_that_take_several_tiles[2]"
+SLICE = "test_descriptors.py::test_a_slice_of_wider_rows[140]"
 MASK = "test_activations.py::TestDropoutMask"
 ROUNDING = "test_rounding.py::TestTheBranchDtype"
 FP32 = "test_rounding.py::TestTheFeaturesAreFp32"
@@ -126,6 +129,38 @@ MUTATIONS = [
         "tl.minimum(first + steps * BLOCK_M, M)",
         "tl.minimum(first + (steps - 1) * BLOCK_M, M)",
         (FIRST,),
+    ),
+    Mutation(
+        "last block of the GEMM on descriptors",
+        "gemm_descriptor.py",
+        "range(0, K, BLOCK_K)",
+        "range(0, K - BLOCK_K, BLOCK_K)",
+        (TOKENS,),
+    ),
+    # Descriptors.
+    Mutation(
+        "tiles of a persistent program",
+        "gemm_descriptor.py",
+        "tl.num_programs(0), flatten",
+        "1, flatten",
+        (PERSISTENT,),
+    ),
+    Mutation(
+        "place of a tile of W",
+        "gemm_descriptor.py",
+        "b_desc.load([start, first_n])",
+        "b_desc.load([start, 0])",
+        (TOKENS,),
+    ),
+    Mutation(
+        "place of a tile of C",
+        "gemm_descriptor.py",
+        "c_desc.store([first_m, first_n]",
+        "c_desc.store([first_m, 0]",
+        (TOKENS,),
+    ),
+    Mutation(
+        "alignment of rows", "gemm_descriptor.py", "% 16 == 0\n        and matrix", ">= 0\n        and matrix", (SLICE,)
     ),
     # Factors and signs.
     Mutation("scaling in y", "tiles.py", "tile = tile * scaling", "tile = tile", (FIRST,)),
