@@ -1,6 +1,9 @@
 """The performance model: it launches what the host code launches, and its numbers are those of the equations."""
 
+import json
 from collections import Counter
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -11,8 +14,9 @@ pytest.importorskip("triton")
 import neat_kernels as nk
 from benchmarks.gate.fake_driver import capture
 from benchmarks.gate.targets import TARGETS
+from neat_kernels import plan
 from neat_kernels.kernels import launch
-from neat_kernels.model import devices, gemm, steps
+from neat_kernels.model import devices, gemm, measured, steps
 from neat_kernels.model.work import Layer
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -139,3 +143,89 @@ def test_the_curve_of_the_gemm_is_that_of_the_kernel_that_is_there(use_plan, on_
     operands = [seen.arguments["a_ptr"] for seen in on_h200 if seen.kernel == "gemm._gemm_kernel"]
     assert operands
     assert {isinstance(operand, torch.Tensor) for operand in operands} == {gemm.LOADS == "pointers"}
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A CUDA device that has the name of another, with no plan measured and nothing remembered."""
+
+    def named(name):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(name=name))
+        plan.fused_limit.cache_clear()
+        return torch.device("cuda", 0)
+
+    monkeypatch.setattr("neat_kernels.plan._device_obstacle", lambda device: None)
+    yield named
+    plan.fused_limit.cache_clear()
+
+
+class TestChoiceOfThePlan:
+    def test_from_the_model_where_it_knows_the_device(self, gpu):
+        limit = gemm.fused_up_to(devices.DEVICES["A100"], "bf16")
+        device = gpu("NVIDIA A100-SXM4-80GB")
+        assert 1024 < limit < 4096
+        assert plan.choose_gemm(device, torch.bfloat16, limit) == "fused"
+        assert plan.choose_gemm(device, torch.bfloat16, limit + 1) == "cublas"
+        told = plan.make_plan("triton", device, torch.bfloat16, torch.float32, 16, limit, limit + 64)
+        assert told.base_gemm == "fused forward, cublas backward"
+        assert f"fused up to a reduction of {limit}" in told.reason
+        assert "from the cost model of NVIDIA A100-SXM4-80GB, a prediction" in told.reason
+
+    @pytest.mark.parametrize("name", ["NVIDIA H100 PCIe", "NVIDIA L40S", "a device of tomorrow"])
+    def test_by_a_rule_where_it_does_not(self, gpu, name):
+        device = gpu(name)
+        assert plan.choose_gemm(device, torch.float16, plan.FUSED_UP_TO) == "fused"
+        assert plan.choose_gemm(device, torch.float16, plan.FUSED_UP_TO + 1) == "cublas"
+        told = plan.make_plan("triton", device, torch.float16, torch.float32, 16, 64, 64)
+        assert "a rule, since" in told.reason
+
+    def test_a_measurement_wins(self, gpu, monkeypatch, tmp_path):
+        written = {"device": "NVIDIA A100-SXM4-80GB", "dtype": "bfloat16", "fused_up_to": 640, "source": "tuner, today"}
+        path = tmp_path / "plans.json"
+        path.write_text(json.dumps({"plans": [written]}))
+        monkeypatch.setattr(measured.measured_plan, "__defaults__", (path,))
+        device = gpu(written["device"])
+        assert plan.choose_gemm(device, torch.bfloat16, 640) == "fused"
+        assert plan.choose_gemm(device, torch.bfloat16, 641) == "cublas"
+        told = plan.make_plan("triton", device, torch.bfloat16, torch.float32, 16, 641, 641)
+        assert "measured on NVIDIA A100-SXM4-80GB: tuner, today" in told.reason
+        assert "cost model" in plan.fused_limit(device, torch.float16).source
+
+    @pytest.mark.parametrize(
+        "content",
+        ["{", "[]", '{"plans": [1]}', '{"plans": [{"device": "x"}]}',
+         '{"plans": [{"device": "x", "dtype": "float32", "fused_up_to": 1, "source": ""}]}',
+         '{"plans": [{"device": "x", "dtype": "float16", "fused_up_to": "1", "source": ""}]}'],
+    )  # fmt: skip
+    def test_a_file_that_is_not_one_is_an_error(self, content, tmp_path):
+        path = tmp_path / "plans.json"
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"plans\.json: expected"):
+            measured.measured_plan("x", "float16", path)
+
+    def test_fp32_is_cublas_s_and_asks_nobody(self):
+        assert plan.choose_gemm(torch.device("cuda", 0), torch.float32, 64) == "cublas"
+
+    @pytest.mark.parametrize("name", ["H200", "A100"])
+    def test_the_limit_is_where_the_predicted_times_cross(self, name):
+        """Fused saves one write of y and pays for a slower GEMM, whatever the number of tokens."""
+        device = devices.DEVICES[name]
+        limit = gemm.fused_up_to(device, "bf16")
+        for length in range(64, 8192, 64):
+            lost = (length + 16) / gemm.triton_efficiency(device.arch, length).value - length
+            saved = 2 * device.throughput("bf16") / (2 * device.bandwidth)
+            # What the small factors cost is not in this equation.
+            if abs(lost - saved) > 0.02 * saved:
+                assert (lost < saved) == (length <= limit), length
+
+    def test_tracing_sees_a_constant(self):
+        """A compiler must not look into the choice: it reads a device's name and perhaps a file."""
+
+        def scaled(x):
+            return x * plan._fused_up_to(torch.device("cuda", 0), torch.bfloat16)
+
+        plan.fused_limit.cache_clear()
+        with mock.patch.object(torch.cuda, "get_device_properties", return_value=SimpleNamespace(name="unknown")):
+            compiled = torch.compile(scaled, fullgraph=True, backend="eager")
+            assert compiled(torch.ones(())) == plan.FUSED_UP_TO
+        plan.fused_limit.cache_clear()
