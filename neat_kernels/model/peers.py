@@ -38,8 +38,7 @@ def _dgrad(layer: Layer) -> Work:
 def peft_lora(layer: Layer) -> Step:
     """PEFT's LoRA with adapters in the layer's `adapter_dtype`, without dropout and outside autocast."""
     wide = layer.adapter_dtype != layer.dtype
-    name = "PEFT LoRA" + (", fp32 adapters" if wide else "")
-    return Step(name, _lora_forward(layer, wide), _lora_backward(layer, wide))
+    return Step(f"PEFT LoRA, {layer.adapter_dtype} adapter", _lora_forward(layer, wide), _lora_backward(layer, wide))
 
 
 def _lora_forward(layer: Layer, wide: bool) -> tuple[Work, ...]:

@@ -7,6 +7,7 @@ from neat_kernels.model import features, tokens
 from neat_kernels.model.devices import Device
 from neat_kernels.model.gemm import fused_up_to
 from neat_kernels.model.work import HALF, Layer, Step
+from neat_kernels.plan import FUSED_UP_TO
 
 PLANS = ("fused", "cublas")
 
@@ -46,11 +47,11 @@ def split_plan(plan: str) -> tuple[str, str]:
     return apply, dgrad or apply
 
 
-def chosen_plan(layer: Layer, device: Device, rule: int) -> str:
-    """The plan that the layer takes on a device without measurements; `rule` is the limit where the model has none."""
+def chosen_plan(layer: Layer, device: Device) -> str:
+    """The plan that the layer takes on a device where nobody has measured any."""
     if layer.dtype not in HALF:
         return "cublas"
     limit = fused_up_to(device, layer.dtype)
-    limit = rule if limit is None else limit
+    limit = FUSED_UP_TO if limit is None else limit
     apply, dgrad = ("fused" if n <= limit else "cublas" for n in (layer.in_features, layer.out_features))
     return apply if apply == dgrad else f"{apply}:{dgrad}"
