@@ -39,18 +39,15 @@ def torch_backend(layer: Layer, casts_blocks: bool) -> Step:
     return Step("neat-kernels, torch backend", _forward(layer, unit), _backward(layer, unit))
 
 
-def _narrow(layer: Layer, wide: str, name: str, rows: int, columns: int, length: int, out: int | None = None) -> Work:
-    """A product [rows,length]·[length,columns] in fp32, of which `wide` is the large operand in the layer's dtype."""
-    large = rows * length if wide in ("x", "dy", "W") and columns == layer.r else length * columns
-    small = (length * columns if columns == layer.r else rows * length) * _F32
-    written = rows * columns * (_F32 if out is None else out)
-    reads = {wide: large * layer.itemsize, "factor": small}
-    return Work("torch.matmul", reads, {name: written}, 2 * rows * columns * length)
+def _narrow(layer: Layer, name: str, large: int, factor: int, out: int) -> Work:
+    """A product of a large matrix in the layer's dtype with an r-wide one, in fp32; sizes in elements."""
+    reads = {name: large * layer.itemsize, "factor": factor * _F32}
+    return Work("torch.matmul", reads, {"out": out * _F32}, 2 * large * layer.r)
 
 
-def _pass(name: str, elements: int, operands: int = 1) -> Work:
+def _pass(name: str, elements: int) -> Work:
     """An elementwise operation on fp32."""
-    return Work(f"torch.{name}", {"operands": operands * elements * _F32}, {"out": elements * _F32}, elements)
+    return Work(f"torch.{name}", {"in": elements * _F32}, {"out": elements * _F32}, elements)
 
 
 def _base(layer: Layer, unit: str, onto: str, sizes: tuple[int, int, int]) -> Work:
@@ -64,10 +61,10 @@ def _forward(layer: Layer, unit: str) -> tuple[Work, ...]:
     M, N, K, r, e = layer.tokens, layer.out_features, layer.in_features, layer.r, layer.itemsize
     branch = present(S=M * r * e, U=N * r * _F32, bias=N * e if layer.bias else None)
     return (
-        _narrow(layer, "W", "Zᵀ", r, K, N),
+        _narrow(layer, "W", N * K, r * N, r * K),
         _pass("copy_", K * r),
         _pass("relu", K * r),
-        _narrow(layer, "x", "S", M, r, K),
+        _narrow(layer, "x", M * K, K * r, M * r),
         Work("torch.addmm", branch, {"y": M * N * e}, 2 * M * N * r, unit),
         _base(layer, unit, "y", (M, N, K)),
     )
@@ -76,18 +73,18 @@ def _forward(layer: Layer, unit: str) -> tuple[Work, ...]:
 def _backward(layer: Layer, unit: str) -> tuple[Work, ...]:
     M, N, K, r, e = layer.tokens, layer.out_features, layer.in_features, layer.r, layer.itemsize
     return (
-        _narrow(layer, "dy", "dS", M, r, N),
+        _narrow(layer, "dy", M * N, N * r, M * r),
         _pass("mul_", M * r),
         Work("torch.mm", {"dS": M * r * e, "D": K * r * _F32}, {"dx": M * K * e}, 2 * M * K * r, unit),
         _base(layer, unit, "dx", (M, K, N)),
-        _narrow(layer, "x", "dDᵀ", r, K, M),
+        _narrow(layer, "x", M * K, M * r, r * K),
         _pass("copy_", K * r),
-        _narrow(layer, "dy", "dUᵀ", r, N, M),
+        _narrow(layer, "dy", M * N, M * r, r * N),
         _pass("mul_", N * r),
         _pass("copy_", N * r),
         Work("torch.gt", {"Z": K * r * _F32}, {"mask": K * r}),
-        _pass("where", K * r, 2),
-        _narrow(layer, "W", "dAᵀ", N, r, K),
+        Work("torch.where", {"mask": K * r, "dH": K * r * _F32}, {"dZ": K * r * _F32}),
+        _narrow(layer, "W", N * K, K * r, N * r),
         _pass("copy_", N * r),
     )
 
