@@ -24,7 +24,7 @@ TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.flo
 ON_TARGET = {"sm_80": "A100", "sm_89": "RTX 4090", "sm_90": "H200", "sm_100": "B200", "gfx942": "MI300X"}
 
 LAYERS = {
-    "many tokens": Layer(4096, 512, 1024),
+    "many tokens": Layer(4096, 256, 4096),
     "wide": Layer(512, 2048, 768, bias=True),
     "few tokens": Layer(16, 1024, 1024),
     "one token": Layer(1, 1024, 768),
