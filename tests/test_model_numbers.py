@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -360,3 +361,17 @@ class TestCommand:
         result = run("--model", "--compare", path)
         assert result.exit_code == 2
         assert "expected a result file of benchmarks.layer_ratio" in result.output
+
+
+def test_the_table_in_the_documentation_is_what_the_model_says():
+    page = (ROOT / "docs" / "performance-model.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| M=(\d+), (\d+)→(\d+) \| ([\d.]+) \| (.*) \|$", page, re.MULTILINE)
+    assert len(rows) == 4
+    for *sizes, floor, ratios in rows:
+        layer = Layer(*map(int, sizes))
+        narrow = dataclasses.replace(layer, adapter_dtype="bf16")
+        ways = [steps.training(layer, H200, plan) for plan in steps.PLANS]
+        ways += [peers.peft_lora(narrow), peers.peft_lora(layer)]
+        ways.append(steps.inference(layer, H200, steps.chosen_plan(layer, H200)))
+        assert floor == f"{1e6 * predict.total(peers.frozen(layer).launches, H200).seconds:.1f}"
+        assert ratios.split(" | ") == [f"{ratio(way, layer, H200):.2f}" for way in ways]
