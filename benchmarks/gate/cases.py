@@ -61,8 +61,11 @@ def _token(dtype: torch.dtype, r: int, dropout: float = 0.0, compute_dtype: torc
     assert dS is not None
     down_backward(x, dS, seed, dropout, torch.float32)
     if dtype != torch.float32:  # fp32 has the cuBLAS plan alone
-        apply(x, W, bias, S, U, 0.5, None)
-        dgrad(dy, W, dS, D, seed, dropout, None)
+        # Rows of a slice, 8 bytes apart from those of its base, are no matrix to a tensor descriptor.
+        strided = torch.empty(_M, _K + 4, dtype=dtype)[:, :_K]
+        for tokens in (x, strided):
+            apply(tokens, W, bias, S, U, 0.5, None)
+            dgrad(tokens, W, dS, D, seed, dropout, None)
 
 
 def _features(
@@ -117,7 +120,14 @@ def _stored_tile(launch: Launch) -> dict[str, int]:
 def _gemm(launch: Launch) -> Expectations:
     rows = launch.arguments["BLOCK_M"]
     base, low_rank = (_matrix(launch, _words(launch, name), rows) for name in ("a_ptr", "p_ptr"))
-    return Expectations(_both(base, low_rank), {**_reads("a_ptr", "b_ptr"), **_stored_tile(launch)})
+    aligned = [name for name in ("a_ptr", "b_ptr") if max(launch.tensors[name].stride()) % 8 == 0]
+    return Expectations(_both(base, low_rank), {**_reads(*aligned), **_stored_tile(launch)})
+
+
+def _gemm_descriptor(launch: Launch) -> Expectations:
+    rows = launch.arguments["BLOCK_M"]
+    base, low_rank = (_matrix(launch, _words(launch, name), rows) for name in ("a_desc", "p_ptr"))
+    return Expectations(_both(base, low_rank), _reads("a_desc", "b_desc", "c_desc"))
 
 
 def _product(launch: Launch, words: str) -> tuple[tuple[str, ...], dict[str, int]]:
@@ -174,6 +184,7 @@ def _sum(launch: Launch) -> Expectations:
 
 MEANT: dict[str, Callable[[Launch], Expectations]] = {
     "gemm._gemm_kernel": _gemm,
+    "gemm_descriptor._gemm_descriptor_kernel": _gemm_descriptor,
     "down._down_kernel": _down,
     "down_backward._down_backward_kernel": _down_backward,
     "up_backward._up_backward_kernel": _up_backward,

@@ -13,8 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from neat_kernels.kernels import launch
-from neat_kernels.kernels.gemm import add_bias, low_rank_tile, store_tile
-from neat_kernels.kernels.tiles import narrow_tile
+from neat_kernels.kernels.tiles import add_bias, low_rank_tile, narrow_tile, store_tile
 
 
 class Product(NamedTuple):

@@ -3,7 +3,8 @@
 C = A·B + scaling·(P·Qᵀ) ∘ mask + bias
 
 A [M,K], B [K,N] with any strides (Wᵀ or W), P [M,r], Q [N,r] in any float dtype, rounded to P's; bias [N] → C [M,N]
-Reads A and B once per tile column and row of C (neighbouring tiles share them in the L2 cache), writes C once.
+Reads A and B once per tile column and row of C (neighbouring tiles share them in the L2 cache), writes C once. The
+kernel here takes pointers; where the tensors and the device allow it, the one in gemm_descriptor.py runs.
 """
 
 import torch
@@ -12,65 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from neat_kernels.kernels import launch
-from neat_kernels.kernels.dropout import kept
+from neat_kernels.kernels.gemm_descriptor import GROUP_M, fits, gemm_descriptor
+from neat_kernels.kernels.tiles import add_bias, low_rank_tile, store_tile
 from neat_kernels.torch_backend.dropout import threshold as keep_threshold
-
-# Tile rows that walk down together, so that their tiles of B stay in the L2 cache.
-GROUP_M = 8
-
-
-@triton.jit
-def low_rank_tile(
-    p_ptr,
-    q_ptr,
-    seed_ptr,
-    offs_m,
-    offs_n,
-    M,
-    N,
-    stride_qn,
-    stride_qr,
-    scaling,
-    threshold,
-    R: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """fp32 [BLOCK_M, BLOCK_N] = scaling·(P·Qᵀ) ∘ mask."""
-    c: tl.constexpr = p_ptr.dtype.element_ty
-    # Three TF32 products of 128 columns at a time, unrolled, spill 10.5 KB a thread (sm_80, python -m benchmarks.gate).
-    SLICE_R: tl.constexpr = BLOCK_R if c.primitive_bitwidth == 16 else min(BLOCK_R, 32)
-    wide_m, wide_n = offs_m.to(tl.int64), offs_n.to(tl.int64)
-    tile = tl.zeros((offs_m.shape[0], offs_n.shape[0]), tl.float32)  # [BLOCK_M, BLOCK_N]
-    for start in range(0, BLOCK_R, SLICE_R):
-        offs_r = start + tl.arange(0, SLICE_R)
-        mask_r = offs_r < R
-        p_ptrs = p_ptr + wide_m[:, None] * R + offs_r[None, :]
-        q_ptrs = q_ptr + wide_n[None, :] * stride_qn + offs_r[:, None] * stride_qr
-        p = tl.load(p_ptrs, mask=(offs_m < M)[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_M, SLICE_R]
-        q = tl.load(q_ptrs, mask=mask_r[:, None] & (offs_n < N)[None, :], other=0.0)  # [SLICE_R, BLOCK_N]
-        tile = tl.dot(p, q.to(c), tile, input_precision=PRECISION)
-    tile = tile * scaling
-    if DROPOUT:
-        # Columns in 32 bits: as int64 they spill 208 bytes a thread (sm_100, python -m benchmarks.gate).
-        index = wide_m[:, None] * N + offs_n[None, :]
-        tile = kept(tile, seed_ptr, index, threshold)
-    return tile
-
-
-@triton.jit
-def add_bias(acc, bias_ptr, stride_bias, offs_n, N):
-    """acc [BLOCK_M, BLOCK_N] + bias."""
-    bias = tl.load(bias_ptr + offs_n.to(tl.int64) * stride_bias, mask=offs_n < N, other=0.0)  # [BLOCK_N]
-    return acc + bias.to(tl.float32)[None, :]
-
-
-@triton.jit
-def store_tile(c_ptr, acc, offs_m, offs_n, M, N):
-    """Round acc [BLOCK_M, BLOCK_N] to C's dtype and write it."""
-    c_ptrs = c_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
-    tl.store(c_ptrs, acc.to(c_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -157,12 +102,15 @@ def gemm(
         raise ValueError("the fused plan takes half precision on a GPU, got float32: plan cublas has the fp32 GEMM")
     (M, K), N, r = A.shape, B.shape[1], P.shape[1]
     C = A.new_empty((M, N))
+    if C.numel() == 0:
+        return C
+    scaling = scaling if seed is None else scaling / (1.0 - dropout)
+    if fits(A, B, C):
+        gemm_descriptor(A, B, P, Q, bias, seed, C, scaling, keep_threshold(dropout))
+        return C
     stage = "gemm dropout" if seed is not None and P.element_size() == 2 else "gemm"
     config = launch.config(stage, A.device, r, P.element_size())
-    blocks = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
-    if blocks == 0:
-        return C
-    _gemm_kernel[(blocks,)](
+    _gemm_kernel[(triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)](
         A,
         B,
         P,
@@ -177,7 +125,7 @@ def gemm(
         *B.stride(),
         *Q.stride(),
         1 if bias is None else bias.stride(0),
-        scaling if seed is None else scaling / (1.0 - dropout),
+        scaling,
         keep_threshold(dropout),
         R=r,
         BLOCK_M=config.block_m,

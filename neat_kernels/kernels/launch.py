@@ -27,20 +27,34 @@ Place = torch.device | Target
 
 
 class Config(NamedTuple):
-    """Tile and launch of one kernel; zero stands for a block that the stage does not have."""
+    """Tile and launch of one kernel; zero stands for a block that the stage does not have.
+
+    A persistent kernel has one program a multiprocessor, which takes one tile after another.
+    """
 
     block_m: int
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
+    persistent: bool = False
 
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 # Families by compute capability. 8.6, 8.9 and 12.0 have 99 KiB of shared memory a block, the least of all: an unknown
-# device takes theirs.
-_ARCHS = {80: "sm_80", 87: "sm_80", 86: "sm_86", 89: "sm_86", 90: "sm_90", 100: "sm_100", 103: "sm_100", 120: "sm_86"}
+# device takes what 8.6 does.
+_ARCHS = {
+    80: "sm_80",
+    87: "sm_80",
+    86: "sm_86",
+    89: "sm_86",
+    90: "sm_90",
+    100: "sm_100",
+    103: "sm_100",
+    120: "sm_120",
+    121: "sm_120",
+}
 _FALLBACK_ARCH = "sm_86"
 
 # {stage: {arch: {largest block_r: configuration}}}, chosen from offline compilation (registers, shared memory) and not
@@ -51,21 +65,41 @@ _CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
     "gemm": {
         "sm_80": {32: Config(128, 128, 32, 8, 4), 128: Config(128, 128, 32, 8, 3)},
         "default": {32: Config(128, 128, 32, 8, 3), 128: Config(128, 128, 32, 8, 2)},
-        "sm_90": {32: Config(128, 256, 64, 8, 3), 128: Config(128, 128, 64, 8, 3)},
-        "sm_100": {32: Config(128, 256, 64, 8, 3), 128: Config(128, 128, 64, 8, 3)},
-        "gfx942": {32: Config(128, 128, 64, 8, 2), 128: Config(128, 128, 32, 8, 2)},
+        "sm_90": {128: Config(128, 128, 64, 8, 3)},
+        "sm_100": {128: Config(128, 128, 64, 8, 3)},
+        "gfx942": {128: Config(128, 128, 32, 8, 2)},
     },
     "gemm dropout": {
         "sm_80": {32: Config(128, 64, 32, 8, 4), 128: Config(128, 64, 32, 8, 3)},
         "default": {32: Config(128, 64, 32, 8, 3), 128: Config(128, 64, 32, 8, 2)},
-        "sm_90": {128: Config(128, 128, 64, 8, 3)},
-        "sm_100": {128: Config(128, 128, 64, 8, 3)},
+        "sm_90": {128: Config(128, 64, 64, 8, 3)},
+        "sm_100": {128: Config(128, 64, 64, 8, 3)},
         "gfx942": {128: Config(128, 64, 64, 8, 2)},
     },
     # The same with an fp32 branch over half operands, masked or not.
     "gemm fp32": {
         "default": {32: Config(128, 64, 32, 8, 3), 128: Config(64, 64, 32, 8, 2)},
         "gfx942": {32: Config(128, 64, 64, 8, 2), 128: Config(64, 64, 64, 8, 2)},
+    },
+    # The same on tensor descriptors.
+    "gemm descriptor": {
+        "sm_90": {
+            16: Config(128, 256, 64, 8, 3, persistent=True),
+            64: Config(128, 128, 64, 8, 4),
+            128: Config(128, 128, 64, 8, 3),
+        },
+        "sm_100": {16: Config(128, 256, 64, 8, 3, persistent=True), 128: Config(128, 128, 64, 8, 3)},
+        "default": {32: Config(128, 128, 32, 8, 3), 128: Config(128, 64, 64, 8, 2)},
+    },
+    "gemm descriptor dropout": {
+        "sm_90": {16: Config(128, 256, 64, 8, 3), 128: Config(128, 128, 64, 8, 3)},
+        "sm_100": {16: Config(128, 256, 64, 8, 3), 128: Config(128, 128, 64, 8, 3)},
+        "default": {32: Config(128, 64, 32, 8, 3), 128: Config(64, 64, 32, 8, 2)},
+    },
+    "gemm descriptor fp32": {
+        "sm_90": {128: Config(128, 128, 64, 8, 3)},
+        "sm_100": {128: Config(128, 128, 64, 8, 3)},
+        "default": {32: Config(128, 64, 32, 8, 3), 128: Config(64, 64, 32, 8, 2)},
     },
     # [block_m rows] of a tall matrix times a narrow one, block_k of the reduction at a time, contiguous along it.
     "rows": {
@@ -97,6 +131,7 @@ _CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
     "columns": {
         "default": {32: Config(64, 0, 64, 4, 3), 128: Config(64, 0, 64, 4, 2)},
         "sm_86": {32: Config(64, 0, 64, 4, 3), 128: Config(64, 0, 64, 8, 2)},
+        "sm_120": {32: Config(64, 0, 64, 4, 3), 128: Config(64, 0, 64, 8, 2)},
         "gfx942": {32: Config(64, 0, 64, 4, 2), 128: Config(64, 0, 32, 4, 1)},
     },
     "columns fp32": {
@@ -132,6 +167,7 @@ _CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
     "up_backward fp32": {
         "default": {16: Config(32, 128, 0, 8, 2), 64: Config(32, 32, 0, 4, 2), 128: Config(32, 32, 0, 4, 1)},
         "sm_100": {16: Config(32, 128, 0, 8, 2), 64: Config(32, 32, 0, 4, 2), 128: Config(32, 64, 0, 8, 1)},
+        "sm_120": {16: Config(32, 64, 0, 4, 2), 64: Config(32, 32, 0, 4, 2), 128: Config(32, 32, 0, 4, 1)},
         "gfx942": {16: Config(32, 128, 0, 8, 1), 128: Config(64, 32, 0, 4, 1)},
     },
     # dS from its partial sums, with tiles of block_n columns of a product of dS that follows.
@@ -238,6 +274,11 @@ def up_backward_fill(device: Place) -> float:
 def branch_precision(device: Place) -> str:
     """How fp32 operands of the branch and the features are multiplied: to fp32 accuracy, on tensor cores if any."""
     return "tf32x3" if target(device).arch.startswith("sm_") else "ieee"
+
+
+def has_descriptors(device: Place) -> bool:
+    """Whether the device copies tiles by tensor descriptor (TMA)."""
+    return target(device).arch in ("sm_90", "sm_100", "sm_120", "interpreter")
 
 
 def low_rank_first(device: Place) -> bool:

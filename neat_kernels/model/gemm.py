@@ -36,9 +36,7 @@ class _Curve(NamedTuple):
     source: str
 
 
-# How the GEMM of kernels/gemm.py loads its operands: through pointers, or through tensor descriptors (TMA).
-LOADS = "pointers"
-
+# By family and by how the GEMM loads its operands: through pointers, or through tensor descriptors (TMA).
 _CURVES = {
     ("sm_90", "pointers"): _Curve(
         ((512, 0.76), (4096, 0.85)),
@@ -58,11 +56,11 @@ _CURVES = {
 }
 
 
-def triton_efficiency(arch: str, length: int) -> Efficiency:
-    """The fraction for a family of devices and a reduction over `length`."""
-    curve = _CURVES.get((arch, LOADS))
+def triton_efficiency(arch: str, length: int, loads: str) -> Efficiency:
+    """The fraction for a family of devices, a reduction over `length`, and "pointers" or "descriptors"."""
+    curve = _CURVES.get((arch, loads))
     if curve is None:
-        return Efficiency(_UNKNOWN, f"assumed: nothing published for {arch}", known=False)
+        return Efficiency(_UNKNOWN, f"assumed: nothing published for {arch} and {loads}", known=False)
     return Efficiency(_interpolate(curve.points, length), curve.source, known=True)
 
 
@@ -86,7 +84,9 @@ def fused_up_to(device: Device, dtype: str) -> int | None:
     Returns:
         The length, 0 if it is never the faster; None where a Triton GEMM's speed on this family is not known.
     """
-    if not triton_efficiency(device.arch, _STEP).known:
+    from neat_kernels.model.steps import aligned_loads
+
+    if not triton_efficiency(device.arch, _STEP, aligned_loads(device)).known:
         return None
     length = 0
     while length < _LONGEST and _fused_is_faster(device, dtype, length + _STEP):

@@ -15,6 +15,7 @@ from neat_kernels.model.compare import Compared
 from neat_kernels.model.devices import Device
 from neat_kernels.model.gemm import triton_efficiency
 from neat_kernels.model.predict import Comparison, Total, predict
+from neat_kernels.model.steps import aligned_loads
 from neat_kernels.model.work import Layer, Step
 
 LABEL = "predicted, not measured"
@@ -29,7 +30,10 @@ def print_device(device: Device, console: Console) -> None:
         f"{1e6 * device.gap:g} µs a launch. Everything below is [bold]{LABEL}[/].",
         highlight=False,
     )
-    for what, source in (*device.sources.items(), ("Triton GEMM", triton_efficiency(device.arch, 4096).source)):
+    for what, source in (
+        *device.sources.items(),
+        ("Triton GEMM", triton_efficiency(device.arch, 4096, aligned_loads(device)).source),
+    ):
         console.print(f"  {what}: {escape(source)}", style="dim", highlight=False)
 
 
@@ -122,7 +126,7 @@ def content(device: Device, cases: Sequence[tuple[Layer, str, Sequence[Compariso
             "peak": device.peak,
             "reached": device.reached,
             "gap": device.gap,
-            "triton_gemm": triton_efficiency(device.arch, 4096).source,
+            "triton_gemm": triton_efficiency(device.arch, 4096, aligned_loads(device)).source,
             "sources": device.sources,
         },
         "cases": [

@@ -22,6 +22,11 @@ def target_of(device: Device) -> launch.Target:
     return launch.Target(device.arch, device.multiprocessors)
 
 
+def aligned_loads(device: Device) -> str:
+    """How the fused GEMM loads matrices with aligned rows on a device."""
+    return "descriptors" if launch.has_descriptors(target_of(device)) else "pointers"
+
+
 def training(layer: Layer, device: Device, plan: str) -> Step:
     """One training step of a layer whose adapter and input need gradients, by one plan or two ("fused:cublas")."""
     apply, dgrad = split_plan(plan)

@@ -17,6 +17,11 @@ from neat_kernels.model.gemm import triton_efficiency
 from neat_kernels.model.work import HALF, Layer, Work, present
 
 _F32 = 4
+# The kernel of the fused plan and how it calls A, B and C, by how it loads them.
+_GEMMS = {
+    "pointers": ("gemm._gemm_kernel", "ptr"),
+    "descriptors": ("gemm_descriptor._gemm_descriptor_kernel", "desc"),
+}
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,13 @@ class Tokens:
     def unit(self) -> str:
         """What multiplies in the branch."""
         return self.layer.dtype if self.layer.dtype in HALF else precision_unit(self.target)
+
+    @property
+    def loads(self) -> str:
+        """How the fused GEMM loads x, dy and W: descriptors ask for rows of a multiple of 16 bytes."""
+        rows = (self.layer.in_features, self.layer.out_features)
+        aligned = all(length * self.layer.itemsize % 16 == 0 for length in rows)
+        return "descriptors" if aligned and launch.has_descriptors(self.target) else "pointers"
 
     def factor(self, side: str) -> int:
         """Bytes of D or U: one of them is H in fp32, the other B."""
@@ -82,10 +94,12 @@ def forward(side: Tokens, plan: str) -> tuple[Work, ...]:
 def _gemm(side: Tokens, sizes: tuple[int, int, int], more: dict[str, int]) -> Work:
     """C [M,N] = A [M,K]·B [K,N] + P·Qᵀ in the Triton GEMM."""
     (M, N, K), layer = sizes, side.layer
-    reads = {"a_ptr": side.matrix(M, K), "b_ptr": side.matrix(K, N), "p_ptr": M * layer.r * layer.itemsize} | more
     flops = 2 * M * N * (K + launch.block_r(layer.r))
-    efficiency = triton_efficiency(side.target.arch, K).value
-    return Work("gemm._gemm_kernel", reads, {"c_ptr": side.matrix(M, N)}, flops, layer.dtype, efficiency)
+    efficiency = triton_efficiency(side.target.arch, K, side.loads).value
+    name, operand = _GEMMS[side.loads]
+    reads = {f"a_{operand}": side.matrix(M, K), f"b_{operand}": side.matrix(K, N)}
+    reads |= {"p_ptr": M * layer.r * layer.itemsize} | more
+    return Work(name, reads, {f"c_{operand}": side.matrix(M, N)}, flops, layer.dtype, efficiency)
 
 
 def accumulating(layer: Layer, sizes: tuple[int, int, int], reads: dict[str, int]) -> Work:

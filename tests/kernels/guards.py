@@ -165,7 +165,8 @@ def checked_addresses() -> Iterator[None]:
 
     def init_args(self: Any, *args: Any) -> Any:
         args_hst, kwargs_hst = prepare(self, *args)
-        launch.allow([t for t in (*args_hst, *kwargs_hst.values()) if isinstance(t, Tensor)])
+        bases = [getattr(argument, "base", argument) for argument in (*args_hst, *kwargs_hst.values())]
+        launch.allow([t for t in bases if isinstance(t, Tensor)])
         return args_hst, kwargs_hst
 
     def masked_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:

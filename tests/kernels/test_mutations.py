@@ -45,10 +45,10 @@ MUTATIONS = [
     Mutation(
         "rows of the base GEMM", "gemm.py", "mask_m, mask_n = offs_m < M", "mask_m, mask_n = offs_m >= 0", (FIRST,)
     ),
-    Mutation("columns of S and U", "gemm.py", "mask_r = offs_r < R", "mask_r = offs_r < BLOCK_R", (FIRST,)),
+    Mutation("columns of S and U", "tiles.py", "mask_r = offs_r < R", "mask_r = offs_r < BLOCK_R", (FIRST,)),
     Mutation(
         "columns of bias",
-        "gemm.py",
+        "tiles.py",
         "stride_bias, mask=offs_n < N",
         "stride_bias, mask=offs_n >= 0",
         (FIRST,),
@@ -71,9 +71,9 @@ MUTATIONS = [
     # Masks of stores.
     Mutation(
         "rows of y",
-        "gemm.py",
-        "mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])\n\n\n",
-        "mask=(offs_m >= 0)[:, None] & (offs_n < N)[None, :])\n\n\n",
+        "tiles.py",
+        "mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])",
+        "mask=(offs_m >= 0)[:, None] & (offs_n < N)[None, :])",
         (FIRST,),
     ),
     Mutation(
@@ -96,7 +96,7 @@ MUTATIONS = [
         (FIRST,),
     ),
     Mutation(
-        "last slice of r", "gemm.py", "range(0, BLOCK_R, SLICE_R)", "range(0, BLOCK_R - SLICE_R, SLICE_R)", (SLICES,)
+        "last slice of r", "tiles.py", "range(0, BLOCK_R, SLICE_R)", "range(0, BLOCK_R - SLICE_R, SLICE_R)", (SLICES,)
     ),
     Mutation(
         "last slice of r in the chain",
@@ -128,7 +128,7 @@ MUTATIONS = [
         (FIRST,),
     ),
     # Factors and signs.
-    Mutation("scaling in y", "gemm.py", "tile = tile * scaling", "tile = tile", (FIRST,)),
+    Mutation("scaling in y", "tiles.py", "tile = tile * scaling", "tile = tile", (FIRST,)),
     Mutation("sign of the branch", "gemm.py", "acc += low_rank_tile(", "acc -= low_rank_tile(", (LAST,)),
     Mutation(
         "scaling in dS",
@@ -192,7 +192,7 @@ MUTATIONS = [
     Mutation("1 / (1 - p) in dD", "down_backward.py", "1.0 / (1.0 - dropout))", "1.0)", (DROPOUT,)),
     Mutation(
         "row of the mask in dx",
-        "gemm.py",
+        "tiles.py",
         "index = wide_m[:, None] * N",
         "index = wide_m[:, None] * M",
         (DROPOUT,),
@@ -221,7 +221,7 @@ MUTATIONS = [
     # Dtypes and offsets.
     Mutation(
         "rounding of U to c",
-        "gemm.py",
+        "tiles.py",
         "tl.dot(p, q.to(c), ",
         "tl.dot(p.to(tl.float32), q.to(tl.float32), ",
         (f"{ROUNDING}::test_of_up[None-torch.bfloat16]",),
