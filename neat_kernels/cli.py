@@ -15,7 +15,7 @@ from neat_kernels._version import __version__
 
 app = typer.Typer(
     name="neat-kernels",
-    help="Fast Neat fine-tuning: see what this machine can run, and fine-tune a real model.",
+    help="Fast Neat fine-tuning: see what this machine can run, fine-tune a model, predict what a layer costs.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -42,7 +42,7 @@ def options(
         bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=print_version)
     ] = False,
 ) -> None:
-    """Fast Neat fine-tuning: see what this machine can run, and fine-tune a real model."""
+    """Fast Neat fine-tuning: see what this machine can run, fine-tune a model, predict what a layer costs."""
 
 
 @contextmanager
@@ -127,6 +127,38 @@ def finetune(
         from neat_kernels.finetune.run import run
 
         run(settings, Console())
+
+
+LAYER, FILES = "Layer and device", "Files"
+
+
+@app.command()
+def bench(
+    model: Annotated[bool, typer.Option("--model", help="Predict from the performance model; nothing is run.")] = False,
+    device: Annotated[Text, option("A device that the model knows, such as H200 or A100.", "H200", LAYER)] = None,
+    shape: Annotated[
+        Texts, option("A layer as TOKENSxINxOUT; may be repeated.", "the four layers of the budgets", LAYER)
+    ] = None,
+    r: Annotated[Whole, option("Rank of the adapter, up to 128.", "16", LAYER, "--r", "--rank")] = None,
+    dtype: Annotated[Text, option("bf16, fp16 or fp32.", "bf16", LAYER)] = None,
+    plan: Annotated[Text, option("Of the base GEMM: auto, fused or cublas.", "auto: the model's choice", LAYER)] = None,
+    compare: Annotated[
+        Place, option("Print predictions beside the measurements of benchmarks.layer_ratio.", "none", FILES)
+    ] = None,
+    json: Annotated[Place, option("Write the predictions to this file too.", "none", FILES)] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace that file if it is there.", rich_help_panel=FILES)
+    ] = False,
+) -> None:
+    """Predict bytes, operations and time of every kernel of a layer, beside the frozen linear and PEFT's LoRA.
+
+    Predictions are no measurements. Those are made by `make bench` in a clone of the repository.
+    """
+    given = dict(locals())
+    with told_plainly():
+        from neat_kernels.model.command import run
+
+        run(given, Console())
 
 
 def quiet_libraries() -> None:

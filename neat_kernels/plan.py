@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -13,8 +14,8 @@ from neat_kernels.vocabulary import BACKENDS, HALF_DTYPES, check_choice
 
 # The rank up to which the kernels hold an r-wide tile in registers; above it the branch is a GEMM like any other.
 MAX_R = 128
-# Longest reduction for which the fused GEMM is chosen, where fusing saves the larger share of the time. A prediction:
-# no GPU has timed it.
+# Longest reduction for which the fused GEMM is chosen on a device that was not measured and that the cost model does
+# not know.
 FUSED_UP_TO = 2048
 _LOWEST_CAPABILITY = (8, 0)
 _AMD_ARCHS = ("gfx942",)
@@ -112,12 +113,48 @@ def choose_backend(requested: str, device: torch.device, dtypes: tuple[torch.dty
     raise BackendUnavailableError(f"backend={requested!r} was requested for tensors on {device}, but {obstacle}")
 
 
+class FusedLimit(NamedTuple):
+    """The longest reduction for which the fused GEMM is chosen, and where that comes from."""
+
+    length: int
+    source: str
+
+
+@functools.cache
+def fused_limit(device: torch.device, dtype: torch.dtype) -> FusedLimit:
+    """The limit for half matrices on a GPU: measured where there is a measurement, else predicted, else a rule.
+
+    It does not depend on the number of tokens, since the plan is part of an operator's arguments: a batch of another
+    size must not compile anything.
+    """
+    from neat_kernels.model.devices import reported_as
+    from neat_kernels.model.gemm import fused_up_to
+    from neat_kernels.model.measured import measured_plan
+
+    name = torch.cuda.get_device_properties(device).name
+    measured = measured_plan(name, _short(dtype))
+    if measured is not None:
+        return FusedLimit(measured.fused_up_to, f"measured on {name}: {measured.source}")
+    known = reported_as(name)
+    predicted = None if known is None else fused_up_to(known, "bf16" if dtype == torch.bfloat16 else "fp16")
+    if predicted is not None:
+        return FusedLimit(predicted, f"from the cost model of {name}, a prediction and not a measurement")
+    return FusedLimit(FUSED_UP_TO, f"a rule, since {name} was not measured and the cost model does not know it")
+
+
+def _fused_up_to(device: torch.device, dtype: torch.dtype) -> int:
+    return fused_limit(device, dtype).length
+
+
+_fused_up_to._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def choose_gemm(device: torch.device, dtype: torch.dtype, length: int) -> str:
     """How the Triton backend runs a base GEMM that reduces over `length`: "fused" or "cublas".
 
     fp32 goes to cuBLAS, which follows torch's TF32 setting and has the faster IEEE kernels.
     """
-    if device.type == "cpu" or (dtype in HALF_DTYPES and length <= FUSED_UP_TO):
+    if device.type == "cpu" or (dtype in HALF_DTYPES and length <= _fused_up_to(device, dtype)):
         return "fused"
     return "cublas"
 
@@ -173,4 +210,5 @@ def _why_gemm(device: torch.device, dtype: torch.dtype) -> str:
         return "interpreted on the CPU, for tests and not for speed"
     if dtype not in HALF_DTYPES:
         return f"cuBLAS has the faster {_short(dtype)} GEMM, and follows torch's TF32 setting"
-    return f"fused up to a reduction of {FUSED_UP_TO}, cuBLAS beyond: a prediction, not a measurement"
+    limit = fused_limit(device, dtype)
+    return f"fused up to a reduction of {limit.length}, cuBLAS beyond: {limit.source}"

@@ -75,7 +75,8 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     sources = {path.relative_to(source).as_posix() for path in (source / "neat_kernels").rglob("*.py")}
-    assert packed == sources | {"neat_kernels/py.typed"}
+    data = {path.relative_to(source).as_posix() for path in (source / "neat_kernels" / "kernels").glob("*.json")}
+    assert packed == sources | data | {"neat_kernels/py.typed"}
 
 
 def test_constraints_are_versions_that_the_package_accepts():

@@ -181,8 +181,8 @@ def _package_configured_for(target: Target) -> Iterator[None]:
     arch = launch.family(target.arch) if isinstance(target.arch, int) else target.arch
     family = launch.Target(arch, target.multiprocessors)
 
-    def chosen(device: torch.device) -> launch.Target:
-        return family
+    def chosen(place: launch.Place) -> launch.Target:
+        return place if isinstance(place, launch.Target) else family
 
     def on(device: torch.device) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()

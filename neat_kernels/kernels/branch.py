@@ -31,7 +31,7 @@ class Product(NamedTuple):
         return self.Q.new_empty((M, self.Q.shape[0]), dtype=self.dtype)
 
 
-def columns(blocks: int, N: int, block_n: int, device: torch.device) -> tuple[int, int]:
+def columns(blocks: int, N: int, block_n: int, device: launch.Place) -> tuple[int, int]:
     """(pieces, tiles in a piece) of C's columns, for `blocks` blocks of rows that leave some of the device idle.
 
     The programs of one block of rows each make P again, which is cheaper than to wait for it: what they read is in the

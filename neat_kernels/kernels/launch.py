@@ -22,6 +22,10 @@ class Target(NamedTuple):
     multiprocessors: int
 
 
+# Where a launch is to run: a device, or the target of one that is not here.
+Place = torch.device | Target
+
+
 class Config(NamedTuple):
     """Tile and launch of one kernel; zero stands for a block that the stage does not have.
 
@@ -192,8 +196,10 @@ def family(capability: int) -> str:
 
 
 @functools.cache
-def target(device: torch.device) -> Target:
+def target(device: Place) -> Target:
     """The family and size of a device; a CPU is Triton's interpreter."""
+    if isinstance(device, Target):
+        return device
     if device.type == "cpu":
         return Target("interpreter", 2)
     properties = torch.cuda.get_device_properties(device)
@@ -202,7 +208,7 @@ def target(device: torch.device) -> Target:
     return Target(family(10 * properties.major + properties.minor), properties.multi_processor_count)
 
 
-def config(stage: str, device: torch.device, r: int, itemsize: int) -> Config:
+def config(stage: str, device: Place, r: int, itemsize: int) -> Config:
     """The configuration of a stage whose factors have rank r and are multiplied as operands of `itemsize` bytes."""
     arch = target(device).arch
     if arch == "interpreter":
@@ -217,7 +223,7 @@ def block_r(r: int) -> int:
     return max(16, triton.next_power_of_2(r))
 
 
-def split(blocks: int, length: int, block: int, device: torch.device, fill: float = 2.0) -> tuple[int, int]:
+def split(blocks: int, length: int, block: int, device: Place, fill: float = 2.0) -> tuple[int, int]:
     """(pieces, tiles in a piece) of a walk along `length`, so that `blocks` of them fill the device `fill` times.
 
     A piece keeps at least four tiles: shorter ones of a reduction would write more partial sums than they read.
@@ -243,15 +249,20 @@ def walk(matrix: torch.Tensor, r: int, itemsize: int) -> Walk:
     Along contiguous rows the tiles are short enough to fill a device in one piece, which saves a launch.
     """
     rows, length = matrix.shape
-    stage = "rows" if matrix.stride(1) == 1 else "columns"
-    chosen = config(stage, matrix.device, r, itemsize)
+    return walk_of(rows, length, matrix.stride(1) == 1, r, itemsize, matrix.device)
+
+
+def walk_of(rows: int, length: int, along_rows: bool, r: int, itemsize: int, device: Place) -> Walk:
+    """The walk for a matrix [rows, length] of which nothing else is known but whether its rows are contiguous."""
+    stage = "rows" if along_rows else "columns"
+    chosen = config(stage, device, r, itemsize)
     blocks = -(-rows // chosen.block_m)
-    if stage == "rows":
+    if along_rows:
         return Walk(chosen, blocks, 1, max(1, -(-length // chosen.block_k)))
-    return Walk(chosen, blocks, *split(blocks, length, chosen.block_k, matrix.device))
+    return Walk(chosen, blocks, *split(blocks, length, chosen.block_k, device))
 
 
-def up_backward_fill(device: torch.device) -> float:
+def up_backward_fill(device: Place) -> float:
     """How often the up stage backward fills a device: more programs write more partial sums.
 
     From sm_90 a program has two tiles of 64 KiB under way, which asks for half of the device: 9.4 % of dy's bytes are
@@ -260,17 +271,17 @@ def up_backward_fill(device: torch.device) -> float:
     return 0.5 if target(device).arch in ("sm_90", "sm_100") else 2.0
 
 
-def branch_precision(device: torch.device) -> str:
+def branch_precision(device: Place) -> str:
     """How fp32 operands of the branch and the features are multiplied: to fp32 accuracy, on tensor cores if any."""
     return "tf32x3" if target(device).arch.startswith("sm_") else "ieee"
 
 
-def has_descriptors(device: torch.device) -> bool:
+def has_descriptors(device: Place) -> bool:
     """Whether the device copies tiles by tensor descriptor (TMA)."""
     return target(device).arch in ("sm_90", "sm_100", "sm_120", "interpreter")
 
 
-def low_rank_first(device: torch.device) -> bool:
+def low_rank_first(device: Place) -> bool:
     """Whether the accumulator of the GEMM starts from the low-rank product.
 
     From sm_90 it must: ptxas serialises the wgmma of an 8-warp loop that starts from zeros (C7515, triton 3.6). Before,

@@ -1,0 +1,54 @@
+"""Plans of the base GEMM that were measured, from a file beside the kernels; there is none until something measures.
+
+    {"plans": [{"device": "NVIDIA H200", "dtype": "bfloat16", "fused_up_to": 2048,
+                "source": "the command, commit and date that measured it"}]}
+
+`device` is the name that the driver reports, `fused_up_to` the longest reduction for which fused was the faster.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+PATH = Path(__file__).resolve().parent.parent / "kernels" / "measured_plans.json"
+_FIELDS = {"device": str, "dtype": str, "fused_up_to": int, "source": str}
+_DTYPES = ("bfloat16", "float16")
+
+
+class Measured(NamedTuple):
+    """One measured limit."""
+
+    fused_up_to: int
+    source: str
+
+
+def measured_plan(device: str, dtype: str, path: Path = PATH) -> Measured | None:
+    """The measured limit of a device, by the name that its driver reports, and a dtype as torch names it; or None.
+
+    Raises:
+        ValueError: the file is there and does not hold what it must.
+    """
+    if not path.exists():
+        return None
+    found = [entry for entry in _entries(path) if entry["device"] == device and entry["dtype"] == dtype]
+    if len(found) > 1:
+        raise ValueError(f"{path}: expected one plan for {device} in {dtype}, got {len(found)}")
+    return Measured(found[0]["fused_up_to"], found[0]["source"]) if found else None
+
+
+def _entries(path: Path) -> list[dict[str, Any]]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, got {error}") from error
+    entries = content.get("plans") if isinstance(content, dict) else None
+    if not isinstance(entries, list):
+        raise ValueError(f'{path}: expected an object with a list "plans"')
+    for entry in entries:
+        types = {name: type(value) for name, value in entry.items()} if isinstance(entry, dict) else None
+        if types != _FIELDS or entry["dtype"] not in _DTYPES or entry["fused_up_to"] < 0:
+            expected = "device, dtype (bfloat16 or float16), fused_up_to (an integer, 0 or more) and source"
+            raise ValueError(f"{path}: expected plans with {expected}, got {entry!r}")
+    return entries
