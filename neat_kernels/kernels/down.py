@@ -66,7 +66,7 @@ def down(
     M, K = x.shape
     r = D.shape[1]
     config = launch.config("down" if seed is None else "down dropout", x.device, r, dtype.itemsize)
-    blocks, U, bias, C = triton.cdiv(M, config.block_m), None, None, None
+    blocks, U, bias, C = launch.cdiv(M, config.block_m), None, None, None
     pieces, steps, scaling = 1, 0, 1.0
     if product is not None:
         U, bias, scaling, C = product.Q, product.bias, product.scaling, product.empty(M)

@@ -50,7 +50,7 @@ def down_backward(x: Tensor, dS: Tensor, seed: Tensor | None, dropout: float, dt
     M, K = x.shape
     r = dS.shape[1]
     config = launch.config("columns" if seed is None else "columns dropout", x.device, r, dS.element_size())
-    blocks = triton.cdiv(K, config.block_m)
+    blocks = launch.cdiv(K, config.block_m)
     pieces, steps = launch.split(blocks, M, config.block_k, x.device)
     partial = x.new_empty((pieces, K, r), dtype=torch.float32)
     if K:

@@ -147,7 +147,7 @@ def _features(
     )
     if pieces > 1:
         config = launch.config("chain", device, r, 4)
-        _finish_kernel[(triton.cdiv(rows, config.block_m),)](
+        _finish_kernel[(launch.cdiv(rows, config.block_m),)](
             partial,
             chain,
             trace,

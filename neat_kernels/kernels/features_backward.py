@@ -129,7 +129,7 @@ def _through_chain(
     """dZ, and the share that every block of its rows has in dchain."""
     rows, r = Z.shape
     config = launch.config("chain", Z.device, r, 4)
-    blocks = triton.cdiv(rows, config.block_m)
+    blocks = launch.cdiv(rows, config.block_m)
     dZ = torch.empty_like(Z)
     shares = Z.new_empty((blocks, *chain.shape)) if need_dchain else None
     if blocks:
@@ -168,7 +168,7 @@ def _weight_gradient(
     config, blocks, pieces, steps = launch.walk(W, r, 4)
     dA = W.new_empty((r, rows), dtype=dtype)
     partial = dA if pieces == 1 else W.new_empty((pieces, r, rows), dtype=torch.float32)
-    sums = 0 if dchain is None else triton.cdiv(dchain.numel(), BLOCK)
+    sums = 0 if dchain is None else launch.cdiv(dchain.numel(), BLOCK)
     if blocks + sums:
         _weight_kernel[(blocks + sums, pieces)](
             W,

@@ -110,7 +110,7 @@ def gemm(
         return C
     stage = "gemm dropout" if seed is not None and P.element_size() == 2 else "gemm"
     config = launch.config(stage, A.device, r, P.element_size())
-    _gemm_kernel[(triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)](
+    _gemm_kernel[(launch.cdiv(M, config.block_m) * launch.cdiv(N, config.block_n),)](
         A,
         B,
         P,

@@ -99,7 +99,7 @@ def gemm_descriptor(
     stage = "gemm descriptor dropout" if seed is not None and half else "gemm descriptor"
     config = launch.config(stage, A.device, r, P.element_size())
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
-    tiles = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
+    tiles = launch.cdiv(M, block_m) * launch.cdiv(N, block_n)
     programs = min(tiles, launch.target(A.device).multiprocessors) if config.persistent else tiles
     transposed = B.stride(0) == 1
     b_desc = (

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 
 
@@ -218,9 +217,14 @@ def config(stage: str, device: Place, r: int, itemsize: int) -> Config:
     return next(chosen for largest, chosen in by_rank.items() if block_r(r) <= largest)
 
 
+def cdiv(size: int, block: int) -> int:
+    """Blocks that cover `size`; triton.cdiv, which kernels may call too, takes microseconds on the host."""
+    return -(-size // block)
+
+
 def block_r(r: int) -> int:
     """Columns of a tile that holds r of them: tl.dot wants a power of two of at least 16."""
-    return max(16, triton.next_power_of_2(r))
+    return max(16, 1 << (r - 1).bit_length())
 
 
 def split(blocks: int, length: int, block: int, device: Place, fill: float = 2.0) -> tuple[int, int]:

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from neat_kernels.kernels import launch
+
 BLOCK = 512
 
 
@@ -46,7 +48,7 @@ def _reduce_kernel(partial_ptr, out_ptr, size, pieces, scaling, BLOCK: tl.conste
 def reduce(partial: Tensor, out: Tensor, scaling: float = 1.0) -> Tensor:
     """Sum partial [pieces, ...] over its first dimension into `out`, contiguous."""
     if out.numel():
-        grid = (triton.cdiv(out.numel(), BLOCK),)
+        grid = (launch.cdiv(out.numel(), BLOCK),)
         _reduce_kernel[grid](
             partial,
             out,

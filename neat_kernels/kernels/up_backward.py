@@ -89,7 +89,7 @@ def up_backward(
     factor = U if U is not None else S
     r = 1 if factor is None else factor.shape[1]
     config = launch.config("up_backward", dy.device, r, compute_dtype.itemsize)
-    blocks = triton.cdiv(N, config.block_n)
+    blocks = launch.cdiv(N, config.block_n)
     pieces, steps = launch.split(blocks, M, config.block_m, dy.device, launch.up_backward_fill(dy.device))
 
     def empty(wanted: bool, *shape: int) -> Tensor | None:

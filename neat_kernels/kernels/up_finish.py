@@ -105,7 +105,7 @@ def finish(
         return None if partial is None else torch.empty(shape, dtype=dtype, device=device)
 
     config = launch.config("finish", device, r, dtypes[0].itemsize)
-    blocks = 0 if partial.dS is None else triton.cdiv(M, config.block_m)
+    blocks = 0 if partial.dS is None else launch.cdiv(M, config.block_m)
     (pieces, steps), D, C = (1, 0), None, None
     if product is not None:
         D, C = product.Q, product.empty(M)
@@ -113,7 +113,7 @@ def finish(
     dS = empty(partial.dS, dtypes[0], pieces, M, r)
     dU, dbias = empty(partial.dU, dtypes[1], N, r), empty(partial.dbias, dtypes[2], N)
     blocks_s = blocks * pieces
-    blocks_u, blocks_b = (0 if t is None else triton.cdiv(t.numel(), BLOCK) for t in (dU, dbias))
+    blocks_u, blocks_b = (0 if t is None else launch.cdiv(t.numel(), BLOCK) for t in (dU, dbias))
     tall = partial.dbias if partial.dU is None else partial.dU
     dropout = 0.0 if product is None else product.dropout
     if blocks_s + blocks_u + blocks_b:
