@@ -409,10 +409,11 @@ class TestModel:
         with pytest.raises(ValueError, match="got none"):
             nk.remove_neat(model)
 
-    def test_an_infinite_layer_leaves_the_whole_model_alone(self):
+    @pytest.mark.parametrize("position", [0, 2])
+    def test_an_infinite_layer_leaves_the_whole_model_alone(self, position):
         model = make_model()
         with torch.no_grad():
-            model[2].neat_B[0, 0] = float("nan")
+            model[position].neat_B[0, 0] = float("nan")
         before, types = snapshot(model), [type(m) for m in model]
         with pytest.raises(ValueError, match="finite"):
             nk.merge_neat(model)
