@@ -9,6 +9,7 @@ from harness import DEVICE, DTYPES, INTERPRETED, interpreter_only
 from test_launch_tables import DIFFERENT, pretend
 
 import neat_kernels as nk
+from neat_kernels.kernels import launch
 from neat_kernels.kernels.merge import merge
 from neat_kernels.torch_backend import merge as torch_merge
 
@@ -66,7 +67,9 @@ class TestNumbers:
         # r products and sums, the scaling and the sum with W, then half a unit in the last place of W's dtype.
         size = W.double().abs() + 0.7 * U.double().abs() @ D.double().abs().t()
         error = (merged.double() - exact(W, D, U, 0.7)).abs()
-        assert (error <= (r + 3) * 2.0**-24 * size + torch.finfo(dtype).eps / 2 * merged.double().abs()).all()
+        # Three TF32 products keep 22 bits of a factor, and drop the product of the remainders.
+        relative = (r + 3) * 2.0**-24 + (3 * 2.0**-22 if launch.branch_precision(DEVICE) == "tf32x3" else 0.0)
+        assert (error <= relative * size + torch.finfo(dtype).eps / 2 * merged.double().abs()).all()
 
 
 @pytest.mark.parametrize("factors", [(torch.float32, BF16), (BF16, torch.float32), (BF16, BF16)], ids=str)
