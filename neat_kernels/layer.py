@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from neat_kernels import functional
 from neat_kernels.base_layer import adapter_dtype, as_matrix, checked_weight
 from neat_kernels.cache import Factors, FeatureCache, ReusedFeatures
+from neat_kernels.merge import merge
 from neat_kernels.options import LayerOptions
 from neat_kernels.plan import Plan, make_plan
-from neat_kernels.torch_backend.gemm import ieee_fp32, row_blocks
+from neat_kernels.torch_backend.gemm import ieee_fp32
 from neat_kernels.vocabulary import COMPUTE_DTYPES, autocast_dtype, check_int, wide_dtype
 
 
@@ -252,20 +253,25 @@ class FusedNeatLinear(nn.Module):
         return self._unmerged is not None
 
     @torch.no_grad()
-    def merge(self) -> None:
+    def merge(self, *, rounding: str = "nearest", seed: int | None = None) -> None:
         """Replace `weight` by a parameter that holds W + ΔW, added in float32 and rounded once; W itself is kept.
 
         In bf16 and fp16 whatever of ΔW is below half a unit in the last place of W rounds away: 0.2 to 0.4 % of |W| in
-        bf16.
+        bf16. Stochastic rounding keeps it in the mean.
+
+        Args:
+            rounding: "nearest", or "stochastic" for a bf16 weight.
+            seed: as in `merged_weight`.
 
         Raises:
             RuntimeError: the layer is merged already.
-            ValueError: W + ΔW is not finite.
+            ValueError: W + ΔW is not finite, or as in `merged_weight`.
+            BackendUnavailableError: an explicit backend cannot run here.
         """
         if self.merged:
             raise RuntimeError("expected an unmerged layer, got a merged one: call unmerge() first")
         with torch.inference_mode(False):
-            merged = nn.Parameter(self.merged_weight(), requires_grad=False)
+            merged = nn.Parameter(self.merged_weight(rounding=rounding, seed=seed), requires_grad=False)
         self._hold(_unmerged=self.weight)
         self.weight = merged
         self.invalidate()
@@ -283,21 +289,22 @@ class FusedNeatLinear(nn.Module):
         self.invalidate()
 
     @torch.no_grad()
-    def merged_weight(self) -> Tensor:
-        """W + ΔW in W's dtype and layout, added in float32 (float64) row block by row block and rounded once.
+    def merged_weight(self, *, rounding: str = "nearest", seed: int | None = None) -> Tensor:
+        """W + ΔW in W's dtype and layout, added in float32 (float64) on the layer's backend and rounded once.
+
+        Args:
+            rounding: "nearest", or "stochastic" for a bf16 weight: up or down, so that the mean is W + ΔW.
+            seed: of stochastic rounding, 0 to 2⁶³ - 1: the same seed, the same rounding. None draws one, which follows
+                torch.manual_seed.
 
         Raises:
-            ValueError: the sum is not finite.
+            ValueError: the sum is not finite; a rounding or seed that is not as above, or a seed without "stochastic".
+            BackendUnavailableError: an explicit backend cannot run here.
         """
-        lora_A, lora_B = self.lora_factors()
-        merged = torch.empty_like(self.base_weight)
-        source, target = as_matrix(self.base_weight, self.transposed), as_matrix(merged, self.transposed)
-        for rows in row_blocks(source.shape[0], source.shape[1], lora_A.element_size()):
-            with torch.autocast(lora_A.device.type, enabled=False), ieee_fp32(lora_A.device):
-                target[rows] = torch.addmm(source[rows].to(lora_A.dtype), lora_B[rows], lora_A)
-            if not torch.isfinite(target[rows]).all():
-                raise ValueError("W + ΔW must be finite to be merged, got NaN or infinity: nothing was changed")
-        return merged
+        W = as_matrix(self.base_weight, self.transposed)
+        D, U = self._as_factors(self._features(W), self.neat_B)
+        merged = merge(W, D, U, scaling=self.scaling, rounding=rounding, seed=seed, backend=self.backend)
+        return as_matrix(merged, self.transposed)
 
     def plain_linear(self, weight: nn.Parameter) -> nn.Module:
         """The original module (a new nn.Linear for a layer made from sizes) with `weight` and this layer's bias."""

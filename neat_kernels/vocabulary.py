@@ -11,6 +11,7 @@ from torch import Tensor
 ACTIVATIONS = ("relu", "sin2pi", "sin", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "identity")
 ORIENTATIONS = ("out", "in")
 BACKENDS = ("auto", "torch", "triton")
+ROUNDINGS = ("nearest", "stochastic")
 COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 

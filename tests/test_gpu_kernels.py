@@ -10,6 +10,7 @@ from cuda_graphs import capture
 
 import neat_kernels as nk
 from neat_kernels.torch_backend.low_rank import Branch, Needs
+from neat_kernels.torch_backend.merge import round_stochastically
 from neat_kernels.vocabulary import HALF_DTYPES, ORIENTATIONS
 
 pytestmark = pytest.mark.gpu
@@ -74,6 +75,12 @@ def test_two_runs_give_the_same_bits(plan, dropout):
         assert torch.equal(value, runs[1][name]), name
 
 
+def merge(*args):
+    from neat_kernels.kernels import merge
+
+    return merge.merge(*args)
+
+
 def token_side(x, weight, D, U, dy, backend="triton:fused:fused"):
     from neat_kernels.kernels import low_rank
 
@@ -101,6 +108,45 @@ def test_offsets_beyond_31_bits():
     assert not dx[:-kept].any()
     for sums, expected in zip((dD, dU, dbias), alone[2:], strict=True):
         torch.testing.assert_close(sums, expected)
+
+
+@pytest.mark.parametrize("shape", [(1024, 768, 16), (2304, 1536, 33), (1031, 1031, 128)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_merge_on_tensor_cores(dtype, shape):
+    N, K, r = shape
+    W = torch.randn(N, K, device="cuda").to(dtype)
+    D, U = torch.randn(K, r, device="cuda"), torch.randn(N, r, device="cuda")
+    merged, finite = merge(W, D, U, 0.5, None)
+    assert finite
+    exact = W.double() + 0.5 * U.double() @ D.double().t()
+    size = W.double().abs() + 0.5 * U.double().abs() @ D.double().abs().t()
+    error = (merged.double() - exact).abs()
+    # r products and sums, the scaling and W in fp32; three TF32 products keep 22 bits of a factor.
+    relative = (r + 3) * 2.0**-24 + 3 * 2.0**-22
+    assert (error <= relative * size + torch.finfo(dtype).eps / 2 * merged.double().abs()).all()
+
+
+@pytest.mark.parametrize("seed", [None, 2**62 + 5])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_merge_beyond_31_bits(transposed, seed):
+    # 2²⁰ + 5 rows of 2,080 columns: 2.2e9 elements, 4.4 GB; the torch backend merges the last 37 rows alone.
+    rows, kept, columns = 2**20 + 5, 37, 2080
+    assert rows * columns > 2**31
+    W = torch.zeros(columns, rows, device="cuda", dtype=torch.bfloat16).t() if transposed else None
+    W = torch.zeros(rows, columns, device="cuda", dtype=torch.bfloat16) if W is None else W
+    W[-kept:] = (1 + torch.randint(0, 128, (kept, columns), device="cuda") / 128).bfloat16()
+    D = torch.randint(-16, 17, (columns, 3), device="cuda") / 8
+    U = torch.zeros(rows, 3, device="cuda")
+    U[-kept:] = torch.randint(-16, 17, (kept, 3), device="cuda") / 8
+    key = None if seed is None else torch.tensor([seed], device="cuda")
+    merged, finite = merge(W, D, U, 0.5, key)
+    assert finite
+    assert merged.stride() == W.stride()
+    assert not merged[:-kept].any()
+    total = W[-kept:].float() + 0.5 * U[-kept:].double().mm(D.double().t()).float()
+    index = torch.arange((rows - kept) * columns, rows * columns, device="cuda").view(kept, columns)
+    expected = total.bfloat16() if key is None else round_stochastically(total, key, index)
+    assert torch.equal(merged[-kept:], expected)
 
 
 def test_a_stream_that_is_not_the_default():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers.pytorch_utils import Conv1D
 
 import neat_kernels as nk
 from neat_kernels.vocabulary import ORIENTATIONS
@@ -11,11 +12,16 @@ TOKENS, IN, OUT, R = 24, 768, 1024, 4
 
 def peak_allocation(step):
     """Bytes of the largest single allocation that the CPU allocator reported while `step` ran."""
+    return allocations(step)[0]
+
+
+def allocations(step):
+    """Bytes of every allocation that the CPU allocator reported while `step` ran, the largest first."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
     sizes = [event.nbytes() for event in _memory_events(profile) if event.nbytes() > 0]
     assert sizes, "the profiler saw no allocation: the test would prove nothing"
-    return max(sizes)
+    return sorted(sizes, reverse=True)
 
 
 def _memory_events(profile):
@@ -58,6 +64,19 @@ def test_nothing_of_the_size_of_the_weight(base_gemm, orientation, depth, mode, 
         # One transient copy of W in the autocast dtype, as F.linear makes one.
         limit += 1
     assert peak_allocation(step) < limit
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("conv", [False, True])
+def test_a_merge_allocates_nothing_larger_than_its_result(conv, rounding):
+    # In bf16, where the result is the smallest: 8 MiB, and blocks of 1 MiB in int64 or less.
+    base = Conv1D(2048, 2048) if conv else torch.nn.Linear(2048, 2048)
+    layer = nk.FusedNeatLinear.from_linear(base.to(torch.bfloat16), r=R)
+    torch.nn.init.normal_(layer.neat_B)
+    weight = 2048 * 2048 * 2
+    sizes = allocations(lambda: layer.merged_weight(rounding=rounding))
+    assert sizes[0] == weight
+    assert sizes[1] <= 2**20
 
 
 def test_the_probe_sees_a_delta_weight():

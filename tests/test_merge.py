@@ -1,6 +1,7 @@
 """Merging W + ΔW and taking it apart again, of one layer and of a model."""
 
 import copy
+import math
 import weakref
 
 import pytest
@@ -10,6 +11,8 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 import neat_kernels as nk
+from neat_kernels.torch_backend import merge as torch_merge
+from neat_kernels.torch_backend.dropout import philox
 from neat_kernels.vocabulary import ORIENTATIONS
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -152,6 +155,114 @@ class TestLayer:
         assert layer.neat_A.grad is None
 
 
+class TestStochasticRounding:
+    """The torch backend; tests/kernels/test_merge_kernel.py holds the kernel to its bits."""
+
+    def test_every_random_number_once_gives_exactly_the_number(self, monkeypatch):
+        monkeypatch.setattr(torch_merge, "philox", lambda seed, index: index << 16)
+        index = torch.arange(2**16)
+        for low in (0, 1, 2, 0x7FFF, 0x8000, 0x8001, 0xFFFF):
+            for high in (0x3F80, 0x3FFF, 0x0000, 0x007F, 0x7F7E):
+                v = torch.tensor((high << 16) + low, dtype=torch.int32).view(torch.float32)
+                for sign in (1, -1):
+                    rounded = torch_merge.round_stochastically((sign * v).expand(2**16), torch.tensor([0]), index)
+                    assert rounded.double().mean() == sign * v.double()
+                    assert (rounded != rounded[0]).any() == (low != 0)
+
+    def test_the_high_half_of_the_word_decides(self):
+        seed, index = torch.tensor([5]), torch.arange(1000)
+        low = 0x1234
+        v = torch.full((1000,), 0x3F800000 + low, dtype=torch.int32).view(torch.float32)
+        up = torch_merge.round_stochastically(v, seed, index) > 1
+        assert torch.equal(up, (philox(seed, index) >> 16) + low >= 2**16)
+
+    @pytest.mark.parametrize("fraction", [2.0**-9, 0.125, 0.5, 0.75 + 2.0**-16])
+    def test_the_mean_of_a_million_is_the_number(self, fraction):
+        torch.manual_seed(0)
+        v = torch.full((2**20,), 1 + fraction * 2.0**-7)
+        rounded = torch_merge.round_stochastically(v, torch.tensor([17]), torch.arange(2**20)).double()
+        # Hoeffding: a mean of n numbers in an interval of one ulp is this far off with a probability of 1e-9.
+        bound = 2.0**-7 * (math.log(2 / 1e-9) / (2 * 2**20)) ** 0.5
+        assert (rounded.mean() - v[0].double()).abs() <= bound
+        assert (v.bfloat16().double().mean() - v[0].double()).abs() > bound or fraction == 2.0**-9
+
+    def test_a_mean_over_merges_is_the_sum(self):
+        layer, base = make(torch.bfloat16)
+        exact = base.weight.double() + layer.delta_weight().double()
+        n = 2000
+        mean = sum(layer.merged_weight(rounding="stochastic", seed=seed).double() for seed in range(n)) / n
+        ulp = 2.0 ** (exact.abs().log2().floor() - 7)
+        bound = ulp * (math.log(2 * exact.numel() / 1e-9) / (2 * n)) ** 0.5
+        nearest = layer.merged_weight().double()
+        assert ((mean - exact).abs() <= bound).all()
+        assert ((nearest - exact).abs() > bound).any(), "rounding to the nearest would pass"
+
+    def test_what_a_bf16_holds_stays(self):
+        layer, base = make(torch.bfloat16)
+        nn.init.zeros_(layer.neat_B)
+        assert torch.equal(layer.merged_weight(rounding="stochastic", seed=1), base.weight)
+
+    def test_row_blocks_and_layout_change_no_bit(self, monkeypatch):
+        linear, conv = nn.Linear(600, 70).bfloat16(), Conv1D(70, 600).bfloat16()
+        with torch.no_grad():
+            conv.weight.copy_(linear.weight.t())
+        layer, other = (nk.FusedNeatLinear.from_linear(base, **OPTIONS) for base in (linear, conv))
+        with torch.no_grad():
+            # One of the three ranks: a product of two numbers is the same in every block.
+            layer.neat_A[1:] = 0.0
+            layer.neat_B[:, 0] = dyadic(70)
+        other.load_state_dict({k: v for k, v in layer.state_dict().items() if "neat" in k}, strict=False)
+        whole = layer.merged_weight(rounding="stochastic", seed=2)
+        assert torch.equal(other.merged_weight(rounding="stochastic", seed=2).t(), whole)
+        monkeypatch.setattr("neat_kernels.torch_backend.gemm.BLOCK_BYTES", 1)
+        assert torch.equal(layer.merged_weight(rounding="stochastic", seed=2), whole)
+
+    def test_the_seed_is_given_or_drawn_from_torch_s(self):
+        layer, _ = make(torch.bfloat16)
+
+        def drawn(manual):
+            torch.manual_seed(manual)
+            return layer.merged_weight(rounding="stochastic")
+
+        assert torch.equal(drawn(1), drawn(1))
+        assert not torch.equal(drawn(1), drawn(2))
+        first, second = drawn(1), layer.merged_weight(rounding="stochastic")
+        assert not torch.equal(first, second)
+        given = [layer.merged_weight(rounding="stochastic", seed=seed) for seed in (3, 3, 2**63 - 1)]
+        assert torch.equal(given[0], given[1])
+        assert not torch.equal(given[0], given[2])
+        state = torch.get_rng_state()
+        layer.merged_weight()
+        layer.merged_weight(rounding="stochastic", seed=3)
+        assert torch.equal(torch.get_rng_state(), state)
+
+    def test_merge_and_unmerge(self):
+        layer, base = make(torch.bfloat16)
+        weight, before = base.weight, base.weight.detach().clone()
+        expected = layer.merged_weight(rounding="stochastic", seed=3)
+        layer.merge(rounding="stochastic", seed=3)
+        assert torch.equal(layer.weight, expected)
+        layer.unmerge()
+        assert layer.weight is weight
+        assert torch.equal(weight, before)
+
+    @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+    def test_beyond_the_largest_bf16_it_is_the_nearest(self, rounding):
+        largest = torch.finfo(torch.bfloat16).max
+        layer, _ = make(torch.bfloat16, activation="identity", orientation="in", scaling=1.0)
+        with torch.no_grad():
+            for name, p in layer.named_parameters():
+                p.fill_(0.0 if "neat" in name else largest)
+            # H = W·Aᵀ is the largest number times A, and ΔW that of them.
+            layer.neat_A[0, 0] = 2.0**-64
+            layer.neat_B[:, 0] = 0.25 * 2.0**-8 * 2.0**64
+            assert (layer.merged_weight(rounding=rounding) == largest).all()
+            # A whole unit in the last place more, where a quarter rounded down.
+            layer.neat_B[:, 0] = 2.0**-8 * 2.0**64
+        with pytest.raises(ValueError, match="finite"):
+            layer.merged_weight(rounding=rounding)
+
+
 class TestCheckpoints:
     def test_the_state_dict_holds_the_original_weight(self):
         layer, _ = make()
@@ -230,6 +341,35 @@ class TestRefusals:
         assert not layer.merged
         assert unchanged(layer, before)
 
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+    def test_stochastic_rounding_of_another_dtype(self, dtype):
+        layer, _ = make(dtype)
+        before = snapshot(layer)
+        with pytest.raises(ValueError, match=f"expected a torch.bfloat16 weight, got {dtype}"):
+            layer.merge(rounding="stochastic", seed=3)
+        assert unchanged(layer, before)
+        assert not layer.merged
+
+    @pytest.mark.parametrize(
+        ("options", "error", "match"),
+        [
+            ({"rounding": "up"}, ValueError, "rounding must be one of 'nearest', 'stochastic'; got 'up'"),
+            ({"seed": 3}, ValueError, "seed is for rounding='stochastic'"),
+            ({"rounding": "stochastic", "seed": -1}, ValueError, "seed must be at least 0, got -1"),
+            ({"rounding": "stochastic", "seed": 2**63}, ValueError, "seed must be below"),
+            ({"rounding": "stochastic", "seed": 1.0}, TypeError, "seed must be an int, got float"),
+        ],
+        ids=str,
+    )
+    def test_options_that_are_not_valid(self, options, error, match):
+        layer, _ = make(torch.bfloat16)
+        model = nn.Sequential(layer)
+        before = snapshot(model)
+        for call in (layer.merge, layer.merged_weight, lambda **options: nk.merge_neat(model, **options)):
+            with pytest.raises(error, match=match):
+                call(**options)
+        assert unchanged(model, before)
+
     def test_an_overflow_of_fp16(self):
         layer, _ = make(torch.float16)
         with torch.no_grad():
@@ -269,10 +409,11 @@ class TestModel:
         with pytest.raises(ValueError, match="got none"):
             nk.remove_neat(model)
 
-    def test_an_infinite_layer_leaves_the_whole_model_alone(self):
+    @pytest.mark.parametrize("position", [0, 2])
+    def test_an_infinite_layer_leaves_the_whole_model_alone(self, position):
         model = make_model()
         with torch.no_grad():
-            model[2].neat_B[0, 0] = float("nan")
+            model[position].neat_B[0, 0] = float("nan")
         before, types = snapshot(model), [type(m) for m in model]
         with pytest.raises(ValueError, match="finite"):
             nk.merge_neat(model)
@@ -307,6 +448,37 @@ class TestModel:
         assert type(model.a) is nn.Linear
         assert model.a is model.b
         torch.testing.assert_close(model.a.weight.detach(), expected)
+
+    def test_stochastic_rounding_takes_a_seed_for_every_layer(self):
+        model = make_model(torch.bfloat16)
+        for layer, seed in ((model[0], 2**63 - 1), (model[2], 0)):
+            layer.merge(rounding="stochastic", seed=seed)
+        expected = [model[i].weight.detach().clone() for i in (0, 2)]
+        for i in (0, 2):
+            model[i].unmerge()
+        merged = nk.merge_neat(copy.deepcopy(model), rounding="stochastic", seed=2**63 - 1)
+        assert all(torch.equal(merged[i].weight, weight) for i, weight in zip((0, 2), expected, strict=True))
+        drawn = []
+        for manual in (1, 1, 2):
+            torch.manual_seed(manual)
+            drawn.append(nk.merge_neat(copy.deepcopy(model), rounding="stochastic"))
+        same = [all(torch.equal(drawn[0][i].weight, other[i].weight) for i in (0, 2)) for other in drawn]
+        assert same == [True, True, False]
+
+    def test_stochastic_rounding_leaves_a_model_that_it_cannot_round_alone(self):
+        model = make_model(torch.bfloat16)
+        model[2].merge()
+        before, types = snapshot(model), [type(m) for m in model]
+        with pytest.raises(ValueError, match="2 is merged: expected an unmerged layer"):
+            nk.merge_neat(model, rounding="stochastic")
+        model[2].unmerge()
+        model[2].float()
+        with pytest.raises(ValueError, match=r"2: .*expected a torch\.bfloat16 weight, got torch\.float32"):
+            nk.merge_neat(model, rounding="stochastic")
+        model[2].bfloat16()
+        assert [type(m) for m in model] == types
+        assert snapshot(model)[0].keys() == before[0].keys()
+        assert not any(model[i].merged for i in (0, 2))
 
     def test_only_one_more_weight_is_alive_at_a_time(self, monkeypatch):
         model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(5)))

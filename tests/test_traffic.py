@@ -45,6 +45,9 @@ class Launches(TorchDispatchMode):
         if func._opname == "addmm_":  # a CPU may take seconds for it, and nobody looks at the result
             self.seen.append(func._opname)
             return args[0]
+        if func._opname == "all":  # of flags that no kernel has written
+            self.seen.append(func._opname)
+            return torch.ones((), dtype=torch.bool)
         result = func(*args, **(kwargs or {}))
         if func._opname not in _FREE and result is not args[0]:  # a cast to its own dtype launches nothing
             self.seen.append(func._opname)
@@ -124,6 +127,26 @@ def test_a_chain_adds_its_stack_and_its_backward_whatever_its_depth(plan, orient
     for depth, expected in ((0, 10), (1, 12), (3, 12)):
         launches, torch_side = observe(case_of(orientation=orientation, depth=depth, activation="tanh"))
         assert len(launches) + len(torch_side) == expected
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_merge_is_one_launch_beside_the_features(transposed, orientation, rounding, monkeypatch):
+    monkeypatch.setattr("neat_kernels.plan.device_obstacle", lambda device: None)
+    base = pytest.importorskip("transformers").pytorch_utils.Conv1D(N, K) if transposed else torch.nn.Linear(K, N)
+    layer = nk.FusedNeatLinear.from_linear(
+        base.to(torch.bfloat16), r=R, orientation=orientation, backend="triton", dtype=torch.float32
+    )
+    seed = None if rounding == "nearest" else 3
+    with capture("sm_90") as launches, Launches() as torch_side:
+        merged = layer.merged_weight(rounding=rounding, seed=seed)
+    assert [launch.kernel for launch in launches if "features" not in launch.kernel] == ["merge._merge_kernel"]
+    given = launches[-1].tensors
+    assert sorted(name for name, t in given.items() if t.numel() >= N * K) == ["out_ptr", "w_ptr"]
+    assert given["out_ptr"].data_ptr() == merged.data_ptr()
+    # The host reads whether every flag is set, and sends a seed to the device.
+    assert [name for name in torch_side.seen if name != "lift_fresh"] == ["all", "_local_scalar_dense"]
 
 
 def large(launch, case):

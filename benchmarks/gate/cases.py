@@ -16,6 +16,7 @@ from neat_kernels.kernels.branch import Product
 from neat_kernels.kernels.dgrad import dgrad
 from neat_kernels.kernels.down import down
 from neat_kernels.kernels.down_backward import down_backward
+from neat_kernels.kernels.merge import merge
 from neat_kernels.kernels.up_backward import up_backward
 
 _M, _N, _K = 2048, 4096, 4096
@@ -31,11 +32,13 @@ def _cases() -> Iterator[Case]:
             token, features = functools.partial(_token, dtype, r), functools.partial(_features, dtype, r)
             yield Case(f"token {name} r={r}", token, quick)
             yield Case(f"features {name} r={r}", features, quick)
+            yield Case(f"merge {name} r={r}", functools.partial(_merge, dtype, r), quick)
             if name == "fp16":
                 continue
             yield Case(f"token dropout {name} r={r}", functools.partial(token, dropout=0.1))
             if name == "fp32":
                 continue
+            yield Case(f"merge stochastic {name} r={r}", functools.partial(_merge, dtype, r, stochastic=True), quick)
             wide = functools.partial(token, compute_dtype=torch.float32)
             yield Case(f"token fp32 branch {name} r={r}", wide)
             yield Case(f"token dropout fp32 branch {name} r={r}", functools.partial(wide, dropout=0.1))
@@ -82,6 +85,14 @@ def _features(
     features.backward(H, W, Z, chain, orientation, "sin2pi", torch.float32, chain is not None)
 
 
+def _merge(dtype: torch.dtype, r: int, stochastic: bool = False) -> None:
+    """A Linear's layout and a Conv1D's, with fp32 factors."""
+    D, U = torch.empty(_K, r), torch.empty(_N, r)
+    seed = torch.zeros(1, dtype=torch.int64) if stochastic else None
+    for W in (torch.empty(_N, _K, dtype=dtype), torch.empty(_K, _N, dtype=dtype).t()):
+        merge(W, D, U, 0.5, seed)
+
+
 def _matrix(launch: Launch, words: str, rows: int) -> tuple[str, ...]:
     """The matrix instructions meant for operands of a type, accumulated in tiles of so many rows.
 
@@ -112,9 +123,9 @@ def _reads(*names: str) -> dict[str, int]:
     return dict.fromkeys(names, 16)
 
 
-def _stored_tile(launch: Launch) -> dict[str, int]:
-    """C: on AMD a lane stores the rows of its matrix instruction, four values."""
-    return {"c_ptr": 16 if launch.target.is_cuda else 8}
+def _stored_tile(launch: Launch, name: str = "c_ptr") -> dict[str, int]:
+    """An accumulator: on AMD a lane stores the rows of its matrix instruction, four values."""
+    return {name: 16 if launch.target.is_cuda else 4 * launch.tensors[name].element_size()}
 
 
 def _gemm(launch: Launch) -> Expectations:
@@ -178,6 +189,12 @@ def _chain_backward(launch: Launch) -> Expectations:
     return Expectations(_both(*(_matrix(launch, "tf32", rows) for rows in heights)))
 
 
+def _merged(launch: Launch) -> Expectations:
+    """fp32 products for a W of any dtype, and at least two blocks a multiprocessor that read it."""
+    mma = _matrix(launch, "tf32", launch.arguments["BLOCK_N"])
+    return Expectations(mma, {**_reads("w_ptr"), **_stored_tile(launch, "out_ptr")}, blocks_per_multiprocessor=2)
+
+
 def _sum(launch: Launch) -> Expectations:
     return Expectations()
 
@@ -194,6 +211,7 @@ MEANT: dict[str, Callable[[Launch], Expectations]] = {
     "features._finish_kernel": _chain,
     "features_backward._weight_kernel": _weight,
     "features_backward._chain_backward_kernel": _chain_backward,
+    "merge._merge_kernel": _merged,
 }
 
 CASES = list(_cases())

@@ -12,6 +12,7 @@ from neat_kernels.adapters.config import NeatConfig
 from neat_kernels.adapters.match import Target, find_modules_to_save, find_targets
 from neat_kernels.base_layer import carry_hooks
 from neat_kernels.layer import FusedNeatLinear, neat_layers
+from neat_kernels.merge import SEEDS, check_rounding, draw_seed
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -83,31 +84,41 @@ def remove_neat(model: Model) -> Model:
     return model
 
 
-def merge_neat(model: Model) -> Model:
+def merge_neat(model: Model, *, rounding: str = "nearest", seed: int | None = None) -> Model:
     """Leave plain layers with W + ΔW in the place of the Neat layers, for inference.
 
     The sum is taken in float32 and rounded once; in bf16 and fp16 whatever of ΔW is below half a unit in the last place
-    of W rounds away. Peak memory is one more weight, not one more model.
+    of W rounds away, which stochastic rounding keeps in the mean. Peak memory is one more weight, not one more model.
 
     Args:
-        model: a model with Neat layers inside; changed in place.
+        model: a model with Neat layers inside; changed in place. A layer that is merged keeps its merged weight.
+        rounding: "nearest", or "stochastic" where every Neat layer has a bf16 weight.
+        seed: of stochastic rounding, 0 to 2⁶³ - 1; the i-th layer takes seed + i. None draws one, which follows
+            torch.manual_seed.
 
     Returns:
         The same model with plain layers.
 
     Raises:
-        ValueError: the model has no Neat layer, a weight is shared with another module, or a merged weight would not be
-            finite. The model is unchanged then.
+        ValueError: the model has no Neat layer, a weight is shared with another module, a merged weight would not be
+            finite, or a layer cannot be rounded as asked. The model is unchanged then.
+        BackendUnavailableError: an explicit backend cannot run here. The model is unchanged then.
     """
     layers = _neat_layers_by_name(model)
     _check_not_tied(model, layers)
+    _check_rounding(layers, rounding, seed)
     for _, layer in layers:
         if not layer.merged:
+            # Whether it is finite does not depend on the rounding.
             layer.merged_weight()
+    first = draw_seed() if rounding == "stochastic" and seed is None else seed
     while layers:
         # Nothing here may keep a replaced layer alive, or every W would stay beside every W + ΔW.
         names, layer = layers.pop()
-        weight = layer.weight if layer.merged else nn.Parameter(layer.merged_weight(), requires_grad=False)
+        weight = layer.weight
+        if not layer.merged:
+            own = None if first is None else (first + len(layers)) % SEEDS
+            weight = nn.Parameter(layer.merged_weight(rounding=rounding, seed=own), requires_grad=False)
         linear = _restore(layer, weight)
         for name in names:
             _replace(model, name, linear)
@@ -156,6 +167,18 @@ def _neat_layers_by_name(model: nn.Module) -> list[tuple[list[str], FusedNeatLin
     if not layers:
         raise ValueError("expected a model with Neat layers inside, got none")
     return layers
+
+
+def _check_rounding(layers: list[tuple[list[str], FusedNeatLinear]], rounding: str, seed: int | None) -> None:
+    for names, layer in layers:
+        try:
+            check_rounding(rounding, seed, layer.base_weight.dtype)
+        except ValueError as error:
+            raise ValueError(f"{names[0]}: {error}") from None
+        if layer.merged and rounding != "nearest":
+            raise ValueError(
+                f"{names[0]} is merged: expected an unmerged layer to round with {rounding!r}, call unmerge() first"
+            )
 
 
 def _check_not_tied(model: nn.Module, layers: list[tuple[list[str], FusedNeatLinear]]) -> None:

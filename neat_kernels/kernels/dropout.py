@@ -8,11 +8,17 @@ import triton.language as tl
 
 
 @triton.jit
-def kept(tile, seed_ptr, index, threshold):
-    """tile ∘ keep, for elements whose index m·K + k [same shape, int64] is given; exact in every dtype."""
+def random_word(seed_ptr, index):
+    """First output word of Philox4x32-10 as uint32, for counters index [int64] and the 64-bit key at seed_ptr."""
     seed = tl.load(seed_ptr)
     low = (index & 0xFFFFFFFF).to(tl.uint32)
     high = (index >> 32).to(tl.uint32)
     zero = low * 0
     word, _, _, _ = tl.philox(seed, low, high, zero, zero)
-    return tl.where(word.to(tl.int64) >= threshold, tile, 0.0)
+    return word
+
+
+@triton.jit
+def kept(tile, seed_ptr, index, threshold):
+    """tile ∘ keep, for elements whose index m·K + k [same shape, int64] is given; exact in every dtype."""
+    return tl.where(random_word(seed_ptr, index).to(tl.int64) >= threshold, tile, 0.0)

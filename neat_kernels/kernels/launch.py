@@ -178,6 +178,13 @@ _CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
         "default": {32: Config(16, 64, 0, 4, 1), 128: Config(32, 32, 0, 4, 1)},
         "sm_100": {128: Config(16, 64, 0, 4, 1)},
     },
+    # W + s·U·Dᵀ: tile [block_m, block_n] of W. Two to eight blocks a multiprocessor keep reads of W under way.
+    "merge": {
+        "default": {32: Config(64, 64, 0, 4, 1), 128: Config(32, 64, 0, 4, 1)},
+        "sm_90": {128: Config(64, 64, 0, 4, 1)},
+        "sm_100": {128: Config(64, 64, 0, 4, 1)},
+        "gfx942": {128: Config(64, 64, 0, 4, 1)},
+    },
     # g and its backward on [block_m, r] tiles.
     "chain": {
         "default": {16: Config(64, 0, 0, 4, 1), 32: Config(32, 0, 0, 4, 1), 128: Config(16, 0, 0, 8, 1)},

@@ -32,7 +32,9 @@ _ALLOCATIONS = frozenset(
 
 
 def _filler(dtype: torch.dtype) -> float | int:
-    return float("nan") if dtype.is_floating_point else SENTINEL
+    if dtype.is_floating_point:
+        return float("nan")
+    return SENTINEL >> (64 - torch.iinfo(dtype).bits)
 
 
 class _Banded:
@@ -55,6 +57,10 @@ class _Banded:
 
     def assert_unchanged(self, name: str) -> None:
         assert _same(self.buffer, self._sealed), f"{name} or its surround was written"
+
+
+def _filled(t: Tensor) -> Tensor:
+    return t.isnan() if t.is_floating_point() else t == _filler(t.dtype)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -99,7 +105,7 @@ class GuardBands(TorchDispatchMode):
         for banded in self.allocated:
             name = f"the {banded.view.dtype} allocation {tuple(banded.view.shape)}"
             banded.assert_only_view_changed(name)
-            assert not banded.view.isnan().any(), f"{name} was not fully written"
+            assert not _filled(banded.view).any(), f"{name} was not fully written"
 
 
 class _Launch:

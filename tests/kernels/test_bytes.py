@@ -12,6 +12,7 @@ from neat_kernels.kernels.branch import Product
 from neat_kernels.kernels.dgrad import dgrad
 from neat_kernels.kernels.down import down
 from neat_kernels.kernels.down_backward import down_backward
+from neat_kernels.kernels.merge import merge
 from neat_kernels.kernels.up_backward import up_backward
 from neat_kernels.torch_backend.low_rank import Branch, Needs
 from neat_kernels.vocabulary import ORIENTATIONS
@@ -181,6 +182,22 @@ def test_features_read_the_weight_once_each_way(accesses, orientation, depth):
     assert (accesses.reads(t["W"]) == 2).all()
     assert (accesses.writes(dA) == 1).all()
     assert not depth or (accesses.writes(dchain) == 1).all()
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_merge_reads_the_weight_once_and_writes_the_sum_once(accesses, transposed, seed):
+    t, _ = tensors()
+    stored = torch.randn(K, N).bfloat16() if transposed else t["W"]
+    W = stored.t() if transposed else stored
+    merged, finite = merge(W, t["D"], t["U"], 0.5, None if seed is None else torch.tensor([seed]))
+    merged = merged.t() if transposed else merged
+    assert finite
+    assert merged.is_contiguous()
+    assert (accesses.reads(stored) == 1).all()
+    assert not accesses.writes(stored).any()
+    assert (accesses.writes(merged) == 1).all()
+    assert not accesses.reads(merged).any()
 
 
 def test_what_nobody_asked_for_is_not_read(accesses):

@@ -211,6 +211,16 @@ class TestTheWatch:
         with pytest.raises(AssertionError, match="not fully written"):
             self.guarded_copy(reach_store=-1)
 
+    @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+    def test_an_integer_left_unwritten(self, dtype):
+        with guards.GuardBands() as watch:
+            flags = torch.empty(3, dtype=dtype, device=DEVICE)
+        flags[:2] = 1
+        with pytest.raises(AssertionError, match="not fully written"):
+            watch.check()
+        flags[2] = 0
+        watch.check()
+
     def test_an_input_overwritten(self):
         watch = guards.GuardBands()
         x = watch.input(randn(13))

@@ -26,6 +26,11 @@ PERSISTENT = "test_descriptors.py::test_programs_that_take_several_tiles[2]"
 SLICE = "test_descriptors.py::test_a_slice_of_wider_rows[140]"
 MASK = "test_activations.py::TestDropoutMask"
 ROUNDING = "test_rounding.py::TestTheBranchDtype"
+MERGE = "test_merge_kernel.py"
+MERGED = f"{MERGE}::TestNumbers::test_one_rounding_of_an_exact_sum[torch.bfloat16-(65, 33, 5)]"
+MERGE_T = f"{MERGE}::test_the_layout_of_w_changes_no_bit_and_is_kept[transposed-77]"
+MERGE_SLICE = f"{MERGE}::test_the_layout_of_w_changes_no_bit_and_is_kept[slice-None]"
+STOCHASTIC = f"{MERGE}::TestStochasticRounding"
 FP32 = "test_rounding.py::TestTheFeaturesAreFp32"
 
 
@@ -283,6 +288,65 @@ MUTATIONS = [
         ("test_layouts.py::test_rows_farther_apart_than_an_int32_can_say[x]",),
     ),
     Mutation("a contiguous S", "low_rank.py", "else S.contiguous()", "else S", (f"{BANDS}[0.0-transposed]",)),
+    # The merge.
+    Mutation("rows of W", "merge.py", "(offs_n < N)[:, None]", "(offs_n >= 0)[:, None]", (MERGED,)),
+    Mutation("columns of W", "merge.py", "(offs_k < K)[None, :]", "(offs_k >= 0)[None, :]", (MERGED,)),
+    Mutation("sign of ΔW", "merge.py", "w.to(tl.float32) + delta", "w.to(tl.float32) - delta", (MERGED,)),
+    Mutation(
+        "a second rounding of the merge",
+        "merge.py",
+        "w.to(tl.float32) + delta",
+        "w.to(tl.float32) + delta.to(w.dtype).to(tl.float32)",
+        (MERGED,),
+    ),
+    Mutation(
+        "rows of the merge's grid", "merge.py", "triton.cdiv(N, config.block_m)", "N // config.block_m", (MERGED,)
+    ),
+    Mutation("a transposed W's factors", "merge.py", "merged.t(), U, D, index", "merged.t(), D, U, index", (MERGE_T,)),
+    Mutation("a transposed W's index", "merge.py", "index[::-1]", "index", (MERGE_T,)),
+    Mutation("strides of the merged weight", "merge.py", "*merged.stride(),", "*weight.stride(),", (MERGE_SLICE,)),
+    Mutation(
+        "a flag for every tile",
+        "merge.py",
+        "flag_ptr + pid",
+        "flag_ptr + pid // 2",
+        (f"{MERGE}::test_what_is_not_finite_is_told[None-W-nan]",),
+    ),
+    Mutation(
+        "infinity in the flag",
+        "merge.py",
+        '< float("inf")',
+        '<= float("inf")',
+        (f"{MERGE}::test_an_overflow_of_fp16_is_told",),
+    ),
+    Mutation(
+        "the half of the random word",
+        "merge.py",
+        "index) >> 16)",
+        "index) & 0xFFFF)",
+        (f"{STOCHASTIC}::test_every_kind_of_number[1]",),
+    ),
+    Mutation(
+        "bits cut off after the random number",
+        "merge.py",
+        "& 0xFFFF0000",
+        "& 0xFFFFFFFF",
+        (f"{STOCHASTIC}::test_every_kind_of_number[1]",),
+    ),
+    Mutation(
+        "the largest bf16 and beyond",
+        "merge.py",
+        "LARGEST_BITS, rounded",
+        "0x7F800000, rounded",
+        (f"{STOCHASTIC}::test_what_is_not_finite_and_the_largest_numbers_are_rounded_to_the_nearest",),
+    ),
+    Mutation(
+        "randomness in a row",
+        "merge.py",
+        "wide_k[None, :] * index_k)",
+        "wide_k[None, :] * 0)",
+        (f"{STOCHASTIC}::test_rows_and_columns_round_independently",),
+    ),
     # What the interpreter is made to do.
     Mutation(
         "ties to even",
