@@ -40,7 +40,7 @@ def merge(
     key = None
     if rounding == "stochastic":
         key = torch.tensor([draw_seed() if seed is None else seed], device=weight.device)
-    merged, finite = _implementation(chosen).merge(weight, D, U, scaling, key)
+    merged, finite = _implementation(chosen).merge(weight, D, U, float(scaling), key)
     if not finite:
         raise ValueError("W + ΔW must be finite to be merged, got NaN or infinity: nothing was changed")
     return merged
