@@ -1,4 +1,4 @@
-"""The GEMM of gemm.py on tensor descriptors (TMA), from sm_90: the same equation and the same bytes.
+"""The GEMM of gemm.py on tensor descriptors (TMA), on sm_90 and sm_100: the same equation and the same bytes.
 
 C = A·B + scaling·(P·Qᵀ) ∘ mask + bias
 

@@ -87,18 +87,13 @@ _CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
             64: Config(128, 128, 64, 8, 4),
             128: Config(128, 128, 64, 8, 3),
         },
-        "sm_100": {16: Config(128, 256, 64, 8, 3, persistent=True), 128: Config(128, 128, 64, 8, 3)},
-        "default": {32: Config(128, 128, 32, 8, 3), 128: Config(128, 64, 64, 8, 2)},
+        "default": {16: Config(128, 256, 64, 8, 3, persistent=True), 128: Config(128, 128, 64, 8, 3)},
     },
     "gemm descriptor dropout": {
-        "sm_90": {16: Config(128, 256, 64, 8, 3), 128: Config(128, 128, 64, 8, 3)},
-        "sm_100": {16: Config(128, 256, 64, 8, 3), 128: Config(128, 128, 64, 8, 3)},
-        "default": {32: Config(128, 64, 32, 8, 3), 128: Config(64, 64, 32, 8, 2)},
+        "default": {16: Config(128, 256, 64, 8, 3), 128: Config(128, 128, 64, 8, 3)},
     },
     "gemm descriptor fp32": {
-        "sm_90": {128: Config(128, 128, 64, 8, 3)},
-        "sm_100": {128: Config(128, 128, 64, 8, 3)},
-        "default": {32: Config(128, 64, 32, 8, 3), 128: Config(64, 64, 32, 8, 2)},
+        "default": {128: Config(128, 128, 64, 8, 3)},
     },
     # [block_m rows] of a tall matrix times a narrow one, block_k of the reduction at a time, contiguous along it.
     "rows": {
@@ -120,6 +115,7 @@ _CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
     },
     "down dropout fp32": {
         "default": {32: Config(32, 64, 64, 4, 3), 128: Config(32, 32, 32, 4, 1)},
+        "sm_86": {32: Config(32, 64, 64, 4, 3), 64: Config(32, 32, 64, 4, 1), 128: Config(32, 32, 32, 4, 1)},
         "gfx942": {32: Config(32, 64, 64, 4, 2), 128: Config(32, 32, 64, 4, 1)},
     },
     "down fp32": {
@@ -135,6 +131,7 @@ _CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
     },
     "columns fp32": {
         "default": {32: Config(64, 0, 32, 4, 3), 128: Config(32, 0, 32, 4, 2)},
+        "sm_120": {32: Config(32, 0, 32, 4, 3), 128: Config(32, 0, 32, 4, 2)},
         "gfx942": {32: Config(64, 0, 32, 4, 2), 128: Config(64, 0, 32, 4, 1)},
     },
     # Tiles of 32 rows take mma.sync: wgmma would be serialised by the mask (C7515).
@@ -172,6 +169,7 @@ _CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
     # dS from its partial sums, with tiles of block_n columns of a product of dS that follows.
     "finish": {
         "default": {32: Config(32, 128, 0, 4, 1), 128: Config(32, 64, 0, 4, 1)},
+        "sm_120": {128: Config(32, 64, 0, 4, 1)},
         "gfx942": {32: Config(32, 128, 0, 4, 1), 128: Config(16, 64, 0, 4, 1)},
     },
     "finish fp32": {
@@ -288,8 +286,11 @@ def branch_precision(device: Place) -> str:
 
 
 def has_descriptors(device: Place) -> bool:
-    """Whether the device copies tiles by tensor descriptor (TMA)."""
-    return target(device).arch in ("sm_90", "sm_100", "sm_120", "interpreter")
+    """Whether the GEMM copies its tiles by tensor descriptor (TMA).
+
+    12.0 could too; triton 3.6 then puts 8 bytes of every thread into local memory (python -m benchmarks.gate).
+    """
+    return target(device).arch in ("sm_90", "sm_100", "interpreter")
 
 
 def low_rank_first(device: Place) -> bool:
