@@ -1,5 +1,6 @@
 """What a training step launches on a GPU, and which matrices each launch is given, seen under a fake driver."""
 
+import json
 from collections import Counter
 
 import pytest
@@ -9,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 import neat_kernels as nk
+from benchmarks import host_cost
 from benchmarks.gate.fake_driver import capture
 from neat_kernels.vocabulary import ORIENTATIONS
 
@@ -200,3 +202,20 @@ def test_another_number_of_tokens_compiles_nothing(plan, target):
                 training_step(case_of(tokens=tokens))
             compiled[tokens] = {(launch.kernel, launch.compiled.hash) for launch in launches}
     assert all(kernels == compiled[512] for kernels in compiled.values())
+
+
+def test_a_driver_that_records_nothing(monkeypatch):
+    monkeypatch.setattr("neat_kernels.plan.device_obstacle", lambda device: None)
+    with capture("sm_90", record=False) as launches:
+        training_step(case_of())
+    assert launches == []
+
+
+def test_host_cost(monkeypatch, tmp_path):
+    monkeypatch.setattr(host_cost, "_ROUNDS", 2)
+    monkeypatch.setattr(host_cost, "_CALLS", 1)
+    assert host_cost.main(["--output", str(tmp_path / "host.json")]) == 0
+    written = json.loads((tmp_path / "host.json").read_text())
+    assert set(written["microseconds"]) == {"forward", "backward", "inference, features given"}
+    for value in written["microseconds"].values():
+        assert value["fastest"] <= value["median"] <= value["slowest"]

@@ -57,11 +57,12 @@ class Launch(NamedTuple):
 
 
 @contextlib.contextmanager
-def capture(target: str | Target) -> Iterator[list[Launch]]:
+def capture(target: str | Target, record: bool = True) -> Iterator[list[Launch]]:
     """Inside, Triton compiles for `target` and the list receives every launch; outside, nothing of Triton's is changed.
 
     Args:
         target: a name of TARGETS, or a target.
+        record: whether launches are written down; without, the list stays empty and a launch costs nothing.
 
     Yields:
         The launches so far, in order.
@@ -72,7 +73,7 @@ def capture(target: str | Target) -> Iterator[list[Launch]]:
     """
     if triton.knobs.runtime.interpret:
         raise RuntimeError("expected a process without TRITON_INTERPRET: its kernels are interpreted, never compiled")
-    fake = _FakeDriver(TARGETS[target] if isinstance(target, str) else target)
+    fake = _FakeDriver(TARGETS[target] if isinstance(target, str) else target, record)
     # Not driver.active: reading it makes the default driver, which needs a device.
     before = driver._active
     try:
@@ -87,8 +88,9 @@ def capture(target: str | Target) -> Iterator[list[Launch]]:
 class _FakeDriver(DriverBase):
     """A driver whose device is itself, so that no other driver's kernels are found in a JIT function's caches."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, record: bool) -> None:
         self.target = target
+        self.record = record
         self.launches: list[Launch] = []
         self.closed = False
         self.utils = _Utils()
@@ -153,8 +155,9 @@ class _FakeDriver(DriverBase):
         def launch(x: int, y: int, z: int, *rest: Any) -> None:
             if self.closed:
                 raise RuntimeError(f"{kernel} was compiled in a capture that has ended: no device can run it")
-            # Before the arguments: stream, function, packed metadata, launch metadata, and two hooks.
-            self.launches.append(Launch(kernel, (x, y, z), dict(zip(names, rest[6:], strict=True)), *fixed))
+            if self.record:
+                # Before the arguments: stream, function, packed metadata, launch metadata, and two hooks.
+                self.launches.append(Launch(kernel, (x, y, z), dict(zip(names, rest[6:], strict=True)), *fixed))
 
         return launch
 
