@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ pytest.importorskip("triton")
 import neat_kernels as nk
 from benchmarks import host_cost
 from benchmarks.gate.fake_driver import capture
+from neat_kernels.kernels import bound
 from neat_kernels.vocabulary import ORIENTATIONS
 
 # Large enough for every reduction over rows to be split, 16-byte aligned.
@@ -202,6 +204,64 @@ def test_another_number_of_tokens_compiles_nothing(plan, target):
                 training_step(case_of(tokens=tokens))
             compiled[tokens] = {(launch.kernel, launch.compiled.hash) for launch in launches}
     assert all(kernels == compiled[512] for kernels in compiled.values())
+
+
+class Forgetful(dict):
+    """Finds nothing again, so that every launch goes through Triton."""
+
+    def get(self, key):
+        return None
+
+
+def shifted(t):
+    """The same values two bytes from where they were: no longer 16-byte aligned."""
+    return torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view_as(t).copy_(t)
+
+
+def variants():
+    """Layers that differ in what Triton compiles for, and in what it does not."""
+    yield case_of()
+    yield case_of(tokens=77)
+    yield case_of(tokens=1)
+    yield replace(case_of(tokens=77), x=shifted(case_of(tokens=77).x))
+    yield replace(case_of(), weight=shifted(case_of().weight))
+    yield replace(case_of(), weight=case_of().weight.t().contiguous().t())
+    yield draw_case(64, 1031, 1537, R, dtype=torch.bfloat16)
+    yield draw_case(64, 1024, 1536, 1, dtype=torch.float16)
+    yield case_of(orientation="in", depth=1, activation="tanh")
+    yield case_of(dropout=0.1, training=True)
+    yield case_of(compute_dtype=torch.float32)
+    yield case_of(bias=False)
+
+
+def described(launches):
+    """Kernels, grids and arguments; of tensors and descriptors their shapes."""
+
+    def argument(value):
+        return tuple(getattr(value, "shape", (value,)))
+
+    return [
+        (launch.kernel, launch.grid, launch.compiled.hash, {name: argument(v) for name, v in launch.arguments.items()})
+        for launch in launches
+    ]
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_a_kernel_found_again_is_the_one_that_triton_finds(plan, target, monkeypatch):
+    cases = [*variants()]
+    launched = {}
+    with capture(target) as launches, Launches():
+        for turn in ("compiled", "found again"):
+            for case in cases:
+                training_step(case)
+            launched[turn] = described(launches)
+            launches.clear()
+        assert len(bound._COMPILED) >= len({compiled for _, _, compiled, _ in launched["compiled"]})
+        monkeypatch.setattr(bound, "_COMPILED", Forgetful())
+        for case in cases:
+            training_step(case)
+        launched["by Triton"] = described(launches)
+    assert launched["found again"] == launched["compiled"] == launched["by Triton"]
 
 
 def test_a_driver_that_records_nothing(monkeypatch):

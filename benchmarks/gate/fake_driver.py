@@ -179,7 +179,7 @@ class _Utils:
 @contextlib.contextmanager
 def _package_configured_for(target: Target) -> Iterator[None]:
     """The package's own kernels take their configurations for `target`, though their tensors are on the CPU."""
-    from neat_kernels.kernels import launch
+    from neat_kernels.kernels import bound, launch
 
     arch = launch.family(target.arch) if isinstance(target.arch, int) else target.arch
     family = launch.Target(arch, target.multiprocessors)
@@ -190,5 +190,9 @@ def _package_configured_for(target: Target) -> Iterator[None]:
     def on(device: torch.device) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
-    with mock.patch.object(launch, "target", chosen), mock.patch.object(launch, "on", on):
+    with (
+        mock.patch.object(launch, "target", chosen),
+        mock.patch.object(launch, "on", on),
+        mock.patch.dict(bound._COMPILED, clear=True),
+    ):
         yield

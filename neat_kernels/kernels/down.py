@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from neat_kernels.kernels import launch
+from neat_kernels.kernels.bound import run
 from neat_kernels.kernels.branch import Product, columns, write_product
 from neat_kernels.kernels.skinny import tall_times_narrow
 from neat_kernels.torch_backend.dropout import threshold
@@ -73,7 +74,9 @@ def down(
         pieces, steps = columns(blocks, U.shape[0], config.block_n, x.device)
     S = x.new_empty((pieces, M, r), dtype=dtype)
     if blocks:
-        _down_kernel[(blocks, pieces)](
+        run(
+            _down_kernel,
+            (blocks, pieces),
             x,
             D,
             S,

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from neat_kernels.kernels import launch
+from neat_kernels.kernels.bound import run
 from neat_kernels.kernels.reduce import reduce
 from neat_kernels.kernels.skinny import tall_times_narrow
 from neat_kernels.kernels.tiles import narrow_tile
@@ -54,7 +55,9 @@ def down_backward(x: Tensor, dS: Tensor, seed: Tensor | None, dropout: float, dt
     pieces, steps = launch.split(blocks, M, config.block_k, x.device)
     partial = x.new_empty((pieces, K, r), dtype=torch.float32)
     if K:
-        _down_backward_kernel[(blocks, pieces)](
+        run(
+            _down_backward_kernel,
+            (blocks, pieces),
             x,
             dS,
             partial,

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from neat_kernels.kernels import launch
+from neat_kernels.kernels.bound import run
 from neat_kernels.kernels.chain import chain_forward
 from neat_kernels.kernels.features_backward import features_backward
 from neat_kernels.kernels.reduce import block_pieces, ordered_sum
@@ -125,7 +126,9 @@ def _features(
     trace = None if chain is None else weight.new_empty((chain.shape[0], rows, r), dtype=torch.float32)
     shared = {"R": r, "BLOCK_R": launch.block_r(r), "ACTIVATION": activation, "DEPTH": depth}
     shared["PRECISION"] = launch.branch_precision(device)
-    _project_kernel[(blocks, pieces)](
+    run(
+        _project_kernel,
+        (blocks, pieces),
         W,
         A,
         chain,
@@ -147,7 +150,9 @@ def _features(
     )
     if pieces > 1:
         config = launch.config("chain", device, r, 4)
-        _finish_kernel[(launch.cdiv(rows, config.block_m),)](
+        run(
+            _finish_kernel,
+            (launch.cdiv(rows, config.block_m),),
             partial,
             chain,
             trace,

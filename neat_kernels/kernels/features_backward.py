@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from neat_kernels.kernels import launch
+from neat_kernels.kernels.bound import run
 from neat_kernels.kernels.chain import chain_backward
 from neat_kernels.kernels.reduce import BLOCK, block_pieces, reduce, sum_block
 from neat_kernels.kernels.skinny import tall_times_narrow
@@ -133,7 +134,9 @@ def _through_chain(
     dZ = torch.empty_like(Z)
     shares = Z.new_empty((blocks, *chain.shape)) if need_dchain else None
     if blocks:
-        _chain_backward_kernel[(blocks,)](
+        run(
+            _chain_backward_kernel,
+            (blocks,),
             dH,
             Z,
             chain,
@@ -170,7 +173,9 @@ def _weight_gradient(
     partial = dA if pieces == 1 else W.new_empty((pieces, r, rows), dtype=torch.float32)
     sums = 0 if dchain is None else launch.cdiv(dchain.numel(), BLOCK)
     if blocks + sums:
-        _weight_kernel[(blocks + sums, pieces)](
+        run(
+            _weight_kernel,
+            (blocks + sums, pieces),
             W,
             dZ,
             Z,

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from neat_kernels.kernels import launch
+from neat_kernels.kernels.bound import run
 from neat_kernels.kernels.gemm_descriptor import GROUP_M, fits, gemm_descriptor
 from neat_kernels.kernels.tiles import add_bias, low_rank_tile, store_tile
 from neat_kernels.torch_backend.dropout import threshold as keep_threshold
@@ -110,7 +111,9 @@ def gemm(
         return C
     stage = "gemm dropout" if seed is not None and P.element_size() == 2 else "gemm"
     config = launch.config(stage, A.device, r, P.element_size())
-    _gemm_kernel[(launch.cdiv(M, config.block_m) * launch.cdiv(N, config.block_n),)](
+    run(
+        _gemm_kernel,
+        (launch.cdiv(M, config.block_m) * launch.cdiv(N, config.block_n),),
         A,
         B,
         P,

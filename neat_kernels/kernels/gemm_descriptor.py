@@ -13,6 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from neat_kernels.kernels import launch
+from neat_kernels.kernels.bound import run
 from neat_kernels.kernels.tiles import add_bias, low_rank_tile
 
 # Tile rows that walk down together, so that their tiles of B stay in the L2 cache.
@@ -107,7 +108,9 @@ def gemm_descriptor(
         if transposed
         else TensorDescriptor.from_tensor(B, [block_k, block_n])
     )
-    _gemm_descriptor_kernel[(programs,)](
+    run(
+        _gemm_descriptor_kernel,
+        (programs,),
         TensorDescriptor.from_tensor(A, [block_m, block_k]),
         b_desc,
         TensorDescriptor.from_tensor(C, [block_m, block_n]),

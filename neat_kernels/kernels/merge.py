@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from neat_kernels.kernels import launch
+from neat_kernels.kernels.bound import run
 from neat_kernels.kernels.dropout import random_word
 from neat_kernels.kernels.tiles import low_rank_tile
 
@@ -86,7 +87,9 @@ def merge(weight: Tensor, D: Tensor, U: Tensor, scaling: float, seed: Tensor | N
         return whole, True
     flags = weight.new_empty(blocks, dtype=torch.int32)
     with launch.on(weight.device):
-        _merge_kernel[(blocks,)](
+        run(
+            _merge_kernel,
+            (blocks,),
             weight,
             U.to(torch.float32).contiguous(),
             D,

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from neat_kernels.kernels import launch
+from neat_kernels.kernels.bound import run
 
 BLOCK = 512
 
@@ -49,7 +50,9 @@ def reduce(partial: Tensor, out: Tensor, scaling: float = 1.0) -> Tensor:
     """Sum partial [pieces, ...] over its first dimension into `out`, contiguous."""
     if out.numel():
         grid = (launch.cdiv(out.numel(), BLOCK),)
-        _reduce_kernel[grid](
+        run(
+            _reduce_kernel,
+            grid,
             partial,
             out,
             out.numel(),

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from neat_kernels.kernels import launch
+from neat_kernels.kernels.bound import run
 from neat_kernels.kernels.branch import Product
 from neat_kernels.kernels.tiles import narrow_tile
 from neat_kernels.kernels.up_finish import Partial, UpGradients, finish
@@ -101,7 +102,9 @@ def up_backward(
         empty(dbias_dtype is not None, pieces, N),
     )
     if blocks:
-        _up_backward_kernel[(blocks, pieces)](
+        run(
+            _up_backward_kernel,
+            (blocks, pieces),
             dy,
             U,
             S,

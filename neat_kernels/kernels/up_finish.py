@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from neat_kernels.kernels import launch
+from neat_kernels.kernels.bound import run
 from neat_kernels.kernels.branch import Product, columns, write_product
 from neat_kernels.kernels.reduce import BLOCK, block_pieces, ordered_sum, sum_block
 from neat_kernels.kernels.tiles import narrow_tile
@@ -117,7 +118,9 @@ def finish(
     tall = partial.dbias if partial.dU is None else partial.dU
     dropout = 0.0 if product is None else product.dropout
     if blocks_s + blocks_u + blocks_b:
-        _finish_kernel[(blocks_s + blocks_u + blocks_b,)](
+        run(
+            _finish_kernel,
+            (blocks_s + blocks_u + blocks_b,),
             *partial,
             dS,
             dU,
