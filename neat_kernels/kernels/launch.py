@@ -217,6 +217,11 @@ def target(device: Place) -> Target:
     return Target(arch, properties.multi_processor_count, properties.name)
 
 
+def tables() -> tuple[str, ...]:
+    """The names of all tables: of a stage, and of one for each kind of operands that has its own."""
+    return tuple(_CONFIGS)
+
+
 def table_name(stage: str, itemsize: int) -> str:
     """The name of the table that a stage takes for operands of `itemsize` bytes."""
     return f"{stage} fp32" if itemsize == 4 and f"{stage} fp32" in _CONFIGS else stage
