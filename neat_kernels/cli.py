@@ -15,7 +15,7 @@ from neat_kernels._version import __version__
 
 app = typer.Typer(
     name="neat-kernels",
-    help="Fast Neat fine-tuning: see what this machine can run, fine-tune a model, predict a layer's cost, tune launches.",
+    help="Fast Neat fine-tuning: see what this machine can run, fine-tune a model, predict costs, tune launches.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -42,7 +42,7 @@ def options(
         bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=print_version)
     ] = False,
 ) -> None:
-    """Fast Neat fine-tuning: see what this machine can run, fine-tune a model, predict a layer's cost, tune launches."""
+    """Fast Neat fine-tuning: see what this machine can run, fine-tune a model, predict costs, tune launches."""
 
 
 @contextmanager

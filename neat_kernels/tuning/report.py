@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 def print_list(listed: Sequence[Item], device: str, console: Console) -> None:
     """Every item that would be measured, with the number of its configurations or lengths."""
-    table = Table(box=SIMPLE, title=f"What tune would measure on {device}; nothing was run")
+    console.print(f"What tune would measure on {escape(device)}; nothing was run", highlight=False)
+    table = Table(box=SIMPLE)
     table.add_column("item")
     table.add_column("configurations, or lengths", justify="right")
     for item in listed:

@@ -55,19 +55,13 @@ def test_a_problem_takes_its_table_and_agrees_with_a_candidate(table, monkeypatc
 
 @interpreter_only
 @pytest.mark.parametrize("table", TABLES)
-def test_a_stage_that_goes_wrong_with_a_candidate_is_seen(table, monkeypatch):
-    """One tile of the input of one launch is not what it was: every stage's results show it."""
+def test_one_wrong_element_of_any_result_is_seen(table):
     problem = build(table, R, SIZES, DEVICE)
-    present = launch.config(table, DEVICE, R, HALF)
-    expected = problem.call(0)
-    for i, result in enumerate(expected):
-        if result.numel() == 0:
-            continue
+    for result in problem.call(0):
         wrong = result.clone()
-        wrong.view(-1)[-1] += wrong.float().square().mean().sqrt() * 1.5
-        assert search.agree(result, result, problem.terms), i
-        assert not search.agree(wrong, result, problem.terms), i
-    assert present
+        wrong.view(-1)[-1:] += 1.5 * result.float().square().mean().sqrt()
+        assert search.agree(result, result, problem.terms)
+        assert result.numel() == 0 or not search.agree(wrong, result, problem.terms)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
