@@ -16,7 +16,7 @@ from neat_kernels.finetune.settings import UsageError
 from neat_kernels.kernels import launch, measured
 from neat_kernels.kernels.measured import Key
 from neat_kernels.model import measured as measured_plans
-from neat_kernels.tuning import TuningError, command, files, plans, problems, search, session
+from neat_kernels.tuning import TuningError, command, files, plans, problems, search, session, timing
 from neat_kernels.tuning.candidates import VALUES, candidates
 from neat_kernels.tuning.timing import Problem, is_faster, spread
 
@@ -137,9 +137,13 @@ class Timer:
 
     def __call__(self, problem):
         config = launch.config("chain", HERE, 16, 4)
-        self.asked.append(config)
-        taken = self.seconds.get(config, self.otherwise)
-        return taken.pop(0) if isinstance(taken, list) else taken
+
+        def sample():
+            self.asked.append(config)
+            taken = self.seconds.get(config, self.otherwise)
+            return taken.pop(0) if isinstance(taken, list) else taken
+
+        return sample
 
 
 def problem(results=lambda config: torch.ones(4)):
@@ -352,7 +356,7 @@ class TestPlans:
             return SimpleNamespace(call=lambda i: [torch.ones(1)], terms=1, seconds=seconds)
 
         monkeypatch.setattr(plans, "build", build)
-        return lambda problem: problem.seconds
+        return lambda problem: lambda: problem.seconds
 
     def test_what_is_written_is_what_the_choice_reads(self, folder, device, monkeypatch):
         other = {"device": "NVIDIA Other", "dtype": "float16", "fused_up_to": 1, "source": "someone"}
@@ -381,7 +385,7 @@ class TestPlans:
         timer = self.fake(monkeypatch, 2048)
         assert set(tune(folder, timer, stages=("plans",))[0].limits) == {"bfloat16"}
         assert tune(folder, timer, stages=("plans",))[0].limits == {}
-        came, _ = tune(folder, lambda problem: getattr(problem, "seconds", 1.0), stages=("chain", "plans"))
+        came, _ = tune(folder, lambda problem: lambda: getattr(problem, "seconds", 1.0), stages=("chain", "plans"))
         assert set(came.limits) == {"bfloat16"}
 
     def test_plans_that_disagree_are_not_timed(self, monkeypatch):
@@ -390,7 +394,7 @@ class TestPlans:
 
         monkeypatch.setattr(plans, "build", build)
         with pytest.raises(RuntimeError, match="expected the plans fused and cublas to agree at a reduction of 512"):
-            plans.measure([512], torch.bfloat16, CPU, lambda problem: 1.0, 1)
+            plans.measure([512], torch.bfloat16, CPU, lambda problem: lambda: 1.0, 1)
 
 
 def run(*arguments):
@@ -441,6 +445,25 @@ class TestCommand:
         result = run("--stage", "chain", "--quick", "--output-dir", folder)
         assert result.exit_code == 1, result.output
         assert "1 of 1 could not be measured: chain, r ≤ 16: RuntimeError: no such kernel" in result.output
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(folder):
+    """The real timer, on what is small: every configuration has a time, and what was chosen is in force."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    came, _ = tune(folder, timing.prepare, stages=("chain", "finish"), device=device)
+    assert tables(came) == ["finish", "finish fp32", "chain"]
+    for outcome in came.outcomes:
+        assert all(0 < seconds < 1 for seconds in outcome.seconds.values())
+        assert launch.config(outcome.key.stage, device, 16, 2) == outcome.chosen
+
+
+@pytest.mark.gpu
+def test_plans_on_a_gpu():
+    device = torch.device("cuda", torch.cuda.current_device())
+    times = plans.measure([512], torch.bfloat16, device, timing.prepare, 2)
+    assert 0 < times[512].fused < 1
+    assert 0 < times[512].cublas < 1
 
 
 def test_the_commit_of_a_tree_without_git(monkeypatch):

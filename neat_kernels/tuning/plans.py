@@ -14,7 +14,7 @@ from torch import Tensor
 from neat_kernels.kernels import low_rank
 from neat_kernels.torch_backend.low_rank import Branch, Needs
 from neat_kernels.tuning.problems import Sizes, copies_of
-from neat_kernels.tuning.timing import Problem, Sampler
+from neat_kernels.tuning.timing import Prepare, Problem
 
 TOKENS, RANK = 8192, 16
 LENGTHS = (512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
@@ -43,7 +43,7 @@ def measure(
     lengths: Sequence[int],
     dtype: torch.dtype,
     device: torch.device,
-    sampler: Sampler,
+    prepare: Prepare,
     rounds: int,
     measured: Callable[[int], None] = lambda length: None,
     tokens: int = TOKENS,
@@ -53,10 +53,11 @@ def measure(
     for length in lengths:
         problems = {plan: build(Sizes(tokens, length, length), dtype, device, plan) for plan in Times._fields}
         _check(problems, length)
+        ready = {plan: prepare(problem) for plan, problem in problems.items()}
         samples: dict[str, list[float]] = {plan: [] for plan in problems}
         for _ in range(rounds):
-            for plan, problem in problems.items():
-                samples[plan].append(sampler(problem))
+            for plan, sample in ready.items():
+                samples[plan].append(sample())
         found[length] = Times(*(statistics.median(samples[plan]) for plan in Times._fields))
         measured(length)
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from neat_kernels.kernels import launch
 from neat_kernels.kernels.launch import Config
 from neat_kernels.kernels.measured import Key
-from neat_kernels.tuning.timing import Problem, Sampler, is_faster
+from neat_kernels.tuning.timing import Prepare, Problem, is_faster
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Outcome:
 
 
 def search(
-    key: Key, present: Config, tried: Sequence[Config], problem: Problem, sampler: Sampler, rounds: int
+    key: Key, present: Config, tried: Sequence[Config], problem: Problem, prepare: Prepare, rounds: int
 ) -> Outcome:
     """Check the candidates against the present configuration, time those that agree with it, and choose.
 
@@ -45,7 +45,7 @@ def search(
         present: the configuration in force; where it fails, so does the search.
         tried: the candidates.
         problem: runs the stage.
-        sampler: times a problem once.
+        prepare: gets a problem ready to be timed.
         rounds: samples of each configuration, taken in turn.
 
     Returns:
@@ -54,11 +54,12 @@ def search(
     expected = _results(key, present, problem)
     faults = {config: _fault(key, config, problem, expected) for config in tried}
     right = [config for config, fault in faults.items() if fault is None]
-    samples = _samples(key, [present, *right], problem, sampler, rounds)
+    ready = {config: _ready(key, config, problem, prepare) for config in (present, *right)}
+    samples = _samples(ready, rounds)
     seconds = {config: statistics.median(taken) for config, taken in samples.items()}
     chosen = min(seconds, key=lambda config: seconds[config])
     if chosen != present and is_faster(samples[chosen], samples[present]):
-        samples = _samples(key, [present, chosen], problem, sampler, rounds)
+        samples = _samples({config: ready[config] for config in (present, chosen)}, rounds)
     if chosen != present and not is_faster(samples[chosen], samples[present]):
         chosen = present
     return Outcome(key, present, chosen, seconds, {config: fault for config, fault in faults.items() if fault})
@@ -99,13 +100,15 @@ def agree(result: Tensor, expected: Tensor, terms: int) -> bool:
     return bool(((result.float() - wide).abs() <= bound).all())
 
 
-def _samples(
-    key: Key, configs: Sequence[Config], problem: Problem, sampler: Sampler, rounds: int
-) -> dict[Config, list[float]]:
+def _ready(key: Key, config: Config, problem: Problem, prepare: Prepare) -> Callable[[], float]:
+    with launch.trying(key, config):
+        return prepare(problem)
+
+
+def _samples(ready: Mapping[Config, Callable[[], float]], rounds: int) -> dict[Config, list[float]]:
     """Samples of each configuration, in turn: a change of the clock meets all of them."""
-    samples: dict[Config, list[float]] = {config: [] for config in configs}
+    samples: dict[Config, list[float]] = {config: [] for config in ready}
     for _ in range(rounds):
-        for config, taken in samples.items():
-            with launch.trying(key, config):
-                taken.append(sampler(problem))
+        for config, sample in ready.items():
+            samples[config].append(sample())
     return samples

@@ -19,7 +19,7 @@ from neat_kernels.tuning.command import Item, Request, items
 from neat_kernels.tuning.files import Folder, source
 from neat_kernels.tuning.report import print_pending, print_summary
 from neat_kernels.tuning.search import Outcome, search
-from neat_kernels.tuning.timing import Sampler, sample
+from neat_kernels.tuning.timing import Prepare, prepare
 
 
 class Measured(NamedTuple):
@@ -39,7 +39,7 @@ class Session:
         device: where.
         command: that asked for it, to be written beside the results.
         console: where to print.
-        sampler: times a problem once.
+        prepare: gets a problem ready to be timed.
         clock: seconds that pass.
 
     Raises:
@@ -52,11 +52,11 @@ class Session:
         device: torch.device,
         command: str,
         console: Console,
-        sampler: Sampler = sample,
+        prepare: Prepare = prepare,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._request, self._device, self._console = request, device, console
-        self._sampler, self._clock = sampler, clock
+        self._prepare, self._clock = prepare, clock
         self._target = launch.target(device)
         self._folder = Folder(request.folder)
         self._source = source(command)
@@ -129,7 +129,7 @@ class Session:
         key = self._key(item)
         present = launch.config(item.table, self._device, item.block_r, problems.HALF.itemsize)
         problem = problems.build(item.table, item.block_r, problems.NOMINAL, self._device)
-        outcome = search(key, present, candidates(item.table, present), problem, self._sampler, self._request.rounds)
+        outcome = search(key, present, candidates(item.table, present), problem, self._prepare, self._request.rounds)
         self._folder.add_config(key, outcome.chosen, self._source)
         launch.measured_configs()[key] = outcome.chosen
         came.outcomes.append(outcome)
@@ -137,7 +137,7 @@ class Session:
     def _measure_plan(self, item: Item, came: Measured) -> None:
         lengths = plans.QUICK_LENGTHS if self._request.quick else plans.LENGTHS
         dtype = getattr(torch, item.table)
-        times = plans.measure(lengths, dtype, self._device, self._sampler, self._request.rounds)
+        times = plans.measure(lengths, dtype, self._device, self._prepare, self._request.rounds)
         limit = plans.limit(times)
         self._folder.add_plan(self._target.name, item.table, limit, self._source)
         came.limits[item.table] = (limit, times)

@@ -30,11 +30,12 @@ class Problem(NamedTuple):
     device: torch.device
 
 
-Sampler = Callable[[Problem], float]
+# What gets a problem ready that has run once before, and returns what takes a sample: the seconds of one call.
+Prepare = Callable[[Problem], Callable[[], float]]
 
 
-def sample(problem: Problem) -> float:
-    """Seconds of one call on a CUDA device, the mean over a window; it must have run once before.
+def prepare(problem: Problem) -> Callable[[], float]:
+    """A sample is the mean over a window on a CUDA device.
 
     The calls are replayed from a graph: many of them are shorter than the host takes to launch them.
     """
@@ -43,9 +44,14 @@ def sample(problem: Problem) -> float:
         with torch.cuda.graph(graph):
             for i in range(problem.copies):
                 problem.call(i)
-        first = _replay_ms(graph, 1)
-        replays = max(1, math.ceil(_WINDOW_MS / first))
-        return _replay_ms(graph, replays) / (replays * problem.copies) / 1e3
+        graph.replay()
+        replays = max(1, math.ceil(_WINDOW_MS / max(1e-3, _replay_ms(graph, 1))))
+
+    def sample() -> float:
+        with torch.cuda.device(problem.device):
+            return _replay_ms(graph, replays) / (replays * problem.copies) / 1e3
+
+    return sample
 
 
 def _replay_ms(graph: torch.cuda.CUDAGraph, times: int) -> float:

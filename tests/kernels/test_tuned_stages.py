@@ -47,7 +47,7 @@ def test_a_problem_takes_its_table_and_agrees_with_a_candidate(table, monkeypatc
         return original(stage, device, r, itemsize)
 
     monkeypatch.setattr(launch, "config", config)
-    outcome = search.search(key_of(table), present, [moved(table, present)], problem, lambda problem: 1.0, 1)
+    outcome = search.search(key_of(table), present, [moved(table, present)], problem, lambda problem: lambda: 1.0, 1)
     assert table in asked
     assert outcome.dropped == {}
     assert all(result.isfinite().all() for result in problem.call(0))
@@ -68,6 +68,6 @@ def test_one_wrong_element_of_any_result_is_seen(table):
 def test_both_plans_give_the_same_result(dtype):
     """measure() raises if they do not."""
     told = []
-    times = plans.measure([48], dtype, DEVICE, lambda problem: 1.0, 1, told.append, tokens=40)
+    times = plans.measure([48], dtype, DEVICE, lambda problem: lambda: 1.0, 1, told.append, tokens=40)
     assert times == {48: plans.Times(1.0, 1.0)}
     assert told == [48]
