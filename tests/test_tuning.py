@@ -385,8 +385,17 @@ class TestPlans:
         timer = self.fake(monkeypatch, 2048)
         assert set(tune(folder, timer, stages=("plans",))[0].limits) == {"bfloat16"}
         assert tune(folder, timer, stages=("plans",))[0].limits == {}
-        came, _ = tune(folder, lambda problem: lambda: getattr(problem, "seconds", 1.0), stages=("chain", "plans"))
+
+        def either(problem):
+            return lambda: getattr(problem, "seconds", 1.0)
+
+        came, _ = tune(folder, either, stages=("chain", "plans"))
         assert set(came.limits) == {"bfloat16"}
+        # As after an interruption between the two: the configuration is done, and newer than the plan.
+        today = written(measured.PATH)[0]["source"]
+        write(entry(source=today | {"date": "2999-01-01T00:00:00+00:00"}))
+        came, _ = tune(folder, either, stages=("chain", "plans"))
+        assert (tables(came), set(came.limits)) == ([], {"bfloat16"})
 
     def test_plans_that_disagree_are_not_timed(self, monkeypatch):
         def build(sizes, dtype, device, name):

@@ -36,6 +36,8 @@ MORE = {
         Config(128, 128, 128, 8, 2, persistent=True),
     ),
 }
+# Values of a tile that a thread may hold: above, registers spill, and the compiler takes minutes over it.
+_VALUES_A_THREAD = 128
 
 
 def stage_of(table: str) -> str:
@@ -52,4 +54,9 @@ def candidates(table: str, present: Config) -> list[Config]:
         near = [one for one in (values.index(value) - 1, values.index(value) + 1) if 0 <= one < len(values)]
         tried += [present._replace(**{axis: values[one]}) for one in near]
     tried += MORE.get(stage, ())
-    return [one for one in dict.fromkeys(tried) if one != present]
+    return [one for one in dict.fromkeys(tried) if one != present and _fits(one)]
+
+
+def _fits(config: Config) -> bool:
+    tile = config.block_m * max(config.block_n, config.block_k)
+    return tile <= _VALUES_A_THREAD * 32 * config.num_warps

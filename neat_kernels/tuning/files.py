@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import tempfile
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from neat_kernels.finetune.settings import UsageError
 from neat_kernels.kernels import launch, measured
 from neat_kernels.model import measured as measured_plans
 
+_DATE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00")
 _VERSIONS = ("torch", "triton", "neat-kernels")
 
 
@@ -31,6 +33,11 @@ class Source(NamedTuple):
     def is_that_of(self, other: Mapping[str, Any]) -> bool:
         """Whether an entry was measured with the same code: what another day or command changes is no reason."""
         return other["commit"] == self.commit and other["versions"] == self.versions
+
+    def covers(self, words: str, since: str) -> bool:
+        """Whether an entry that has only words for its source was measured with the same code, not before `since`."""
+        dates = _DATE.findall(words)
+        return words.endswith(self.code) and bool(dates) and dates[-1] >= since
 
     @property
     def code(self) -> str:

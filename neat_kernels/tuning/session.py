@@ -90,16 +90,16 @@ class Session:
             launch.measured_configs.cache_clear()
 
     def _pending(self, wanted: list[Item]) -> list[Item]:
-        """What this version of the code has not measured. Plans rest on configurations: new ones, new plans."""
+        """What this version of the code has not measured. Plans rest on configurations: newer ones, new plans."""
         if self._request.again:
             return wanted
-        by_key = {measured.key_of(entry): entry["source"] for entry in self._folder.config_entries()}
-        tables = [item for item in wanted if not item.is_plan]
-        new = [item for item in tables if not self._is_done(by_key.get(self._key(item)))]
+        origins = {measured.key_of(entry): entry["source"] for entry in self._folder.config_entries()}
+        new = [item for item in wanted if not item.is_plan and not self._is_done(origins.get(self._key(item)))]
+        newest = max((origin["date"] for key, origin in origins.items() if key.device == self._target.name), default="")
         done = {
             entry["dtype"]
             for entry in self._folder.plan_entries()
-            if entry["device"] == self._target.name and entry["source"].endswith(self._source.code)
+            if entry["device"] == self._target.name and self._source.covers(entry["source"], newest)
         }
         return new + [item for item in wanted if item.is_plan and (new or item.table not in done)]
 
