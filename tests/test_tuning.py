@@ -74,8 +74,9 @@ class TestOverlay:
         launch.measured_configs.cache_clear()
         assert launch.config("chain", HERE, 16, 4).block_m == 32
 
-    def test_trying_ends(self):
-        write(entry(block_m=32))
+    @pytest.mark.parametrize("entries", [(), (entry(block_m=32),)], ids=["nothing", "something"])
+    def test_trying_ends(self, entries):
+        write(*entries)
         before = launch.config("chain", HERE, 16, 4)
         for tried in (before._replace(num_warps=2), before._replace(num_warps=8)):
             with pytest.raises(RuntimeError, match="out"), launch.trying(CHAIN, tried):
@@ -269,6 +270,14 @@ class TestSession:
         kept = written(measured.PATH)
         assert all(other in kept for other in others)
         assert [one["config"]["num_warps"] for one in kept if measured.key_of(one) == CHAIN] == [PRESENT.num_warps]
+
+    @pytest.mark.parametrize("other", [{"commit": "abd"}, {"versions": {"torch": "2.10"}}], ids=str)
+    def test_what_another_version_measured_is_measured_again(self, other, folder):
+        tune(folder, Timer({}))
+        (mine,) = written(measured.PATH)
+        assert tables(tune(folder, Timer({}))[0]) == []
+        write(mine | {"source": mine["source"] | other})
+        assert tables(tune(folder, Timer({}))[0]) == ["chain"]
 
     def test_an_interruption_keeps_what_is_finished_and_is_taken_up(self, folder):
         class Interrupted(Timer):
