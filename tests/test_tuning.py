@@ -17,7 +17,7 @@ from neat_kernels.kernels import launch, measured
 from neat_kernels.kernels.measured import Key
 from neat_kernels.model import measured as measured_plans
 from neat_kernels.tuning import TuningError, command, files, plans, problems, search, session, timing
-from neat_kernels.tuning.candidates import VALUES, candidates
+from neat_kernels.tuning.candidates import MORE, VALUES, candidates
 from neat_kernels.tuning.timing import Problem, is_faster, spread
 
 NAME = "NVIDIA Test"
@@ -128,6 +128,18 @@ def test_candidates_are_others_that_a_file_may_hold(arch):
                 write(entry(table, r, **one._asdict()))
                 assert launch.measured_configs()
     assert {name: type(values[0]) for name, values in VALUES.items()} == measured._CONFIG
+
+
+def test_candidates_are_one_step_away_and_fit_into_registers():
+    present = launch.Config(16, 0, 128, 1, 1)
+    assert candidates("rows fp32", present) == [
+        present._replace(block_k=64),
+        present._replace(num_warps=2),
+        present._replace(num_stages=2),
+    ]
+    for one in MORE["gemm"]:
+        assert one not in candidates("gemm dropout", one)
+        assert {*MORE["gemm"]} - {one} <= {*candidates("gemm dropout", one)}
 
 
 class Timer:
