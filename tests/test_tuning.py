@@ -131,9 +131,9 @@ def test_candidates_are_others_that_a_file_may_hold(arch):
 
 
 def test_candidates_are_one_step_away_and_fit_into_registers():
-    present = launch.Config(16, 0, 128, 1, 1)
+    present = launch.Config(16, 0, 256, 1, 1)
     assert candidates("rows fp32", present) == [
-        present._replace(block_k=64),
+        present._replace(block_k=128),
         present._replace(num_warps=2),
         present._replace(num_stages=2),
     ]
