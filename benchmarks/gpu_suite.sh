@@ -11,6 +11,7 @@
 #   layer-large     one layer against its peers over fresh processes, shapes bound by arithmetic
 #   layer-small     the same, shapes bound by launches and by reading W
 #   pytest          the pytest-benchmark file
+#   tune            launch configurations and plans, ranks up to 16, into OUT; repeated, it goes on where it stopped
 #
 # PYTHON   the interpreter (default python3)
 # OUT      where the results go (default benchmarks/results/DATE-DEVICE)
@@ -21,7 +22,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-PARTS=(environment tests-gpu tests-kernels tests-cpu sanitizer layer-large layer-small pytest)
+PARTS=(environment tests-gpu tests-kernels tests-cpu sanitizer layer-large layer-small pytest tune)
 LIMIT_S=570
 PYTHON="${PYTHON:-python3}"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
@@ -54,9 +55,11 @@ obstacle() {
             has pytest || { echo "pytest is not installed"; return; }
             has hypothesis || { echo "hypothesis is not installed"; return; } ;;
         pytest) has pytest_benchmark || { echo "pytest-benchmark is not installed"; return; } ;;
+        tune)
+            for module in triton typer rich tqdm; do has "$module" || { echo "$module is not installed"; return; }; done ;;
     esac
     [[ "$1" != sanitizer ]] || command -v compute-sanitizer > /dev/null || { echo "compute-sanitizer is not installed"; return; }
-    case "$1" in tests-gpu | tests-kernels | sanitizer | layer-*) [[ -n "$gpu" ]] || echo "no CUDA device" ;; esac
+    case "$1" in tests-gpu | tests-kernels | sanitizer | layer-* | tune) [[ -n "$gpu" ]] || echo "no CUDA device" ;; esac
 }
 
 # Set `command` to the command of a part.
@@ -74,6 +77,8 @@ command_of() {
             command=("$PYTHON" -m benchmarks.layer_ratio --device cuda --shapes "gpu-${1#layer-}" --dtypes bfloat16
                 --threads 8 --seconds 1 --limit 500 --output "$OUT/$1.json") ;;
         pytest) command=("$PYTHON" -m pytest benchmarks --benchmark-json "$OUT/pytest.json") ;;
+        # What has begun is finished: the rest of the part's time is for that.
+        tune) command=("$PYTHON" -m neat_kernels tune --quick --minutes 8 --output-dir "$OUT") ;;
     esac
 }
 

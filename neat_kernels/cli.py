@@ -15,7 +15,7 @@ from neat_kernels._version import __version__
 
 app = typer.Typer(
     name="neat-kernels",
-    help="Fast Neat fine-tuning: see what this machine can run, fine-tune a model, predict what a layer costs.",
+    help="Fast Neat fine-tuning: see what this machine can run, fine-tune a model, predict costs, tune launches.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -42,7 +42,7 @@ def options(
         bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=print_version)
     ] = False,
 ) -> None:
-    """Fast Neat fine-tuning: see what this machine can run, fine-tune a model, predict what a layer costs."""
+    """Fast Neat fine-tuning: see what this machine can run, fine-tune a model, predict costs, tune launches."""
 
 
 @contextmanager
@@ -50,10 +50,11 @@ def told_plainly() -> Iterator[None]:
     """Turn the errors a user can act on into one message and an exit status."""
     from neat_kernels.finetune.settings import UsageError
     from neat_kernels.finetune.train import TrainingError
+    from neat_kernels.tuning import TuningError
 
     try:
         yield
-    except (UsageError, TrainingError) as error:
+    except (UsageError, TrainingError, TuningError) as error:
         Console(stderr=True).print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(USAGE if isinstance(error, UsageError) else FAILURE) from error
 
@@ -157,6 +158,33 @@ def bench(
     given = dict(locals())
     with told_plainly():
         from neat_kernels.model.command import run
+
+        run(given, Console())
+
+
+@app.command()
+def tune(
+    stage: Annotated[
+        Texts,
+        typer.Option(
+            help="What to measure: gemm, gemm-descriptor, rows, columns, down, up-backward, finish, chain or plans; "
+            "may be repeated.",
+            show_default="all",
+        ),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Ranks up to 16 in bf16, no dropout, fewer samples.")] = False,
+    minutes: Annotated[Real, typer.Option(help="Begin nothing after this many minutes.", show_default="60")] = None,
+    output_dir: Annotated[Place, typer.Option(help="Folder for the two files.", show_default="the kernels'")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Measure what the files have from this version too.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be measured; needs no GPU.")] = False,
+) -> None:
+    """Measure launch configurations and plans on this machine's GPU, and write what the kernels then read.
+
+    What is finished is written at once: after an interruption the same command goes on where it was.
+    """
+    given = dict(locals())
+    with told_plainly():
+        from neat_kernels.tuning.command import run
 
         run(given, Console())
 

@@ -187,7 +187,7 @@ def make_plan(
     if backend == "triton":
         apply, dgrad = gemm_plans(token_backend(backend, device, dtype, in_features, out_features))
         gemm = apply if apply == dgrad else f"{apply} forward, {dgrad} backward"
-        return Plan(backend, gemm, f"{asked}; {_why_gemm(device, dtype)}")
+        return Plan(backend, gemm, f"{asked}; {_why_gemm(device, dtype)}{_measured_launches(device)}")
     if casts_blocks(device, dtype):
         why = f"fp32 casts of row blocks, since this CPU has no fast {_short(dtype)} GEMM"
         return Plan(backend, "blocks", f"{asked}; {why}")
@@ -212,3 +212,14 @@ def _why_gemm(device: torch.device, dtype: torch.dtype) -> str:
         return f"cuBLAS has the faster {_short(dtype)} GEMM, and follows torch's TF32 setting"
     limit = fused_limit(device, dtype)
     return f"fused up to a reduction of {limit.length}, cuBLAS beyond: {limit.source}"
+
+
+def _measured_launches(device: torch.device) -> str:
+    """A clause on the launch configurations, where some were measured on this device."""
+    if device.type == "cpu":
+        return ""
+    from neat_kernels.kernels.launch import measured_on
+
+    name = torch.cuda.get_device_properties(device).name
+    date = measured_on(name)
+    return "" if date is None else f"; launches as measured on {name}, {date}"

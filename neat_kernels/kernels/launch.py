@@ -8,17 +8,24 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
 
+from neat_kernels.kernels import measured
+
 
 class Target(NamedTuple):
-    """What configurations are chosen by: a family of devices and the number of its multiprocessors."""
+    """What configurations are chosen by: a family of devices and the number of its multiprocessors.
+
+    `name` is what the driver calls the device, by which measured configurations are found; "" finds none.
+    """
 
     arch: str
     multiprocessors: int
+    name: str = ""
 
 
 # Where a launch is to run: a device, or the target of one that is not here.
@@ -208,18 +215,86 @@ def target(device: Place) -> Target:
         return Target("interpreter", 2)
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
-        return Target(properties.gcnArchName.partition(":")[0], properties.multi_processor_count)
-    return Target(family(10 * properties.major + properties.minor), properties.multi_processor_count)
+        arch = properties.gcnArchName.partition(":")[0]
+        return Target(arch, properties.multi_processor_count, properties.name)
+    arch = family(10 * properties.major + properties.minor)
+    return Target(arch, properties.multi_processor_count, properties.name)
+
+
+def tables() -> tuple[str, ...]:
+    """The names of all tables: of a stage, and of one for each kind of operands that has its own."""
+    return tuple(_CONFIGS)
+
+
+def table_name(stage: str, itemsize: int) -> str:
+    """The name of the table that a stage takes for operands of `itemsize` bytes."""
+    return f"{stage} fp32" if itemsize == 4 and f"{stage} fp32" in _CONFIGS else stage
 
 
 def config(stage: str, device: Place, r: int, itemsize: int) -> Config:
-    """The configuration of a stage whose factors have rank r and are multiplied as operands of `itemsize` bytes."""
-    arch = target(device).arch
+    """The configuration of a stage whose factors have rank r and are multiplied as operands of `itemsize` bytes.
+
+    What was measured on this device comes before the table.
+    """
+    arch, _, name = target(device)
+    table = table_name(stage, itemsize)
+    by_key = measured_configs()
+    if by_key:
+        found = by_key.get(measured.Key(arch, name, table, block_r(r)))
+        if found is not None:
+            return found
     if arch == "interpreter":
         return _INTERPRETED
-    by_arch = _CONFIGS.get(f"{stage} fp32", _CONFIGS[stage]) if itemsize == 4 else _CONFIGS[stage]
+    by_arch = _CONFIGS[table]
     by_rank = by_arch.get(arch, by_arch["default"])
     return next(chosen for largest, chosen in by_rank.items() if block_r(r) <= largest)
+
+
+@functools.cache
+def measured_configs() -> dict[measured.Key, Config]:
+    """The measured configurations, read once; `measured_configs.cache_clear()` has the file read again.
+
+    Raises:
+        ValueError: there is a file, and it does not hold what it must.
+    """
+    return {measured.key_of(entry): Config(**entry["config"]) for entry in measured_entries(measured.PATH)}
+
+
+def measured_entries(path: Path) -> list[dict[str, Any]]:
+    """The entries of a file of measured configurations, none where there is no file.
+
+    Raises:
+        ValueError: the file does not hold what it must.
+    """
+    entries = measured.read(path, _CONFIGS, {*_ARCHS.values(), "gfx942"})
+    for entry in entries:
+        some = next(iter(_CONFIGS[entry["stage"]]["default"].values()))
+        unlike = [name for name in ("block_m", "block_n", "block_k")
+                  if (entry["config"][name] == 0) != (getattr(some, name) == 0)]  # fmt: skip
+        if unlike:
+            raise ValueError(f"{path}: expected the blocks of {entry['stage']!r}, 0 for those it lacks, got {entry!r}")
+        if entry["config"]["persistent"] and not entry["stage"].startswith("gemm descriptor"):
+            raise ValueError(f"{path}: expected persistent with stages on descriptors only, got {entry!r}")
+    return entries
+
+
+def measured_on(name: str) -> str | None:
+    """The day on which launch configurations of the device of this name were last measured, or None."""
+    return measured.date_for(name, measured_entries(measured.PATH))
+
+
+@contextlib.contextmanager
+def trying(key: measured.Key, tried: Config) -> Iterator[None]:
+    """Inside, `tried` is what was measured for `key`: for a tuner, not for threads."""
+    by_key = measured_configs()
+    before = by_key.get(key)
+    by_key[key] = tried
+    try:
+        yield
+    finally:
+        del by_key[key]
+        if before is not None:
+            by_key[key] = before
 
 
 def cdiv(size: int, block: int) -> int:

@@ -30,25 +30,30 @@ def measured_plan(device: str, dtype: str, path: Path = PATH) -> Measured | None
     Raises:
         ValueError: the file is there and does not hold what it must.
     """
-    if not path.exists():
-        return None
-    found = [entry for entry in _entries(path) if entry["device"] == device and entry["dtype"] == dtype]
+    found = [entry for entry in entries(path) if entry["device"] == device and entry["dtype"] == dtype]
     if len(found) > 1:
         raise ValueError(f"{path}: expected one plan for {device} in {dtype}, got {len(found)}")
     return Measured(found[0]["fused_up_to"], found[0]["source"]) if found else None
 
 
-def _entries(path: Path) -> list[dict[str, Any]]:
+def entries(path: Path) -> list[dict[str, Any]]:
+    """The entries of a file, none where there is no file.
+
+    Raises:
+        ValueError: the file is there and does not hold what it must.
+    """
+    if not path.exists():
+        return []
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: expected JSON, got {error}") from error
-    entries = content.get("plans") if isinstance(content, dict) else None
-    if not isinstance(entries, list):
+    plans = content.get("plans") if isinstance(content, dict) else None
+    if not isinstance(plans, list):
         raise ValueError(f'{path}: expected an object with a list "plans"')
-    for entry in entries:
+    for entry in plans:
         types = {name: type(value) for name, value in entry.items()} if isinstance(entry, dict) else None
         if types != _FIELDS or entry["dtype"] not in _DTYPES or entry["fused_up_to"] < 0:
             expected = "device, dtype (bfloat16 or float16), fused_up_to (an integer, 0 or more) and source"
             raise ValueError(f"{path}: expected plans with {expected}, got {entry!r}")
-    return entries
+    return plans

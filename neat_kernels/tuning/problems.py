@@ -1,0 +1,213 @@
+"""The calls behind the launch tables: for each, host code that launches the stage on inputs of a nominal layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from neat_kernels.kernels import features, launch
+from neat_kernels.kernels.branch import Product
+from neat_kernels.kernels.down import down
+from neat_kernels.kernels.down_backward import down_backward
+from neat_kernels.kernels.gemm import gemm
+from neat_kernels.kernels.up_backward import up_backward
+from neat_kernels.kernels.up_finish import Partial, finish
+from neat_kernels.tuning.candidates import stage_of
+from neat_kernels.tuning.timing import Problem
+
+HALF = torch.bfloat16
+_DROPOUT = 0.1
+# Smooth: σ' of another activation may jump where a rounding fell the other way.
+_ACTIVATION = "silu"
+
+
+class Sizes(NamedTuple):
+    """A layer and its tokens."""
+
+    tokens: int
+    in_features: int
+    out_features: int
+
+
+NOMINAL = Sizes(8192, 4096, 4096)
+
+
+class Inputs:
+    """Draws the tensors of one call, for factors of rank r in the dtype of the branch.
+
+    Args:
+        sizes: M, K and N.
+        r: rank.
+        branch: dtype of D, U, S and dS.
+        device: where the tensors are.
+        generator: what they are drawn from.
+        dropout: whether a seed goes with them.
+        pitch: columns of x and dy that lie between their rows and belong to neither.
+    """
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        r: int,
+        branch: torch.dtype,
+        device: torch.device,
+        generator: torch.Generator,
+        dropout: bool,
+        pitch: int,
+    ) -> None:
+        self.sizes, self.r, self.branch, self.device = sizes, r, branch, device
+        self._generator, self._pitch = generator, pitch
+        self.seed = torch.tensor([1], device=device) if dropout else None
+        self.dropout = _DROPOUT if dropout else 0.0
+        M, K, N = sizes
+        self.x, self.dy = self._tall(M, K), self._tall(M, N)
+        self.W = self.draw(N, K, dtype=HALF) / math.sqrt(K)
+        self.bias = self.draw(N, dtype=HALF)
+        self.D, self.U = self.draw(K, r) / math.sqrt(K), self.draw(N, r)
+        self.S, self.dS = self.draw(M, r), self.draw(M, r)
+
+    def draw(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A normal tensor, of the branch's dtype unless it is told another."""
+        drawn = torch.randn(shape, generator=self._generator, device=self.device)
+        return drawn.to(dtype or self.branch)
+
+    def _tall(self, rows: int, columns: int) -> Tensor:
+        return self.draw(rows, columns + self._pitch, dtype=HALF)[:, :columns]
+
+
+Call = Callable[[], Sequence[Tensor]]
+
+
+def _gemm(t: Inputs) -> Call:
+    """dgrad, and apply where there is no mask: apply has none."""
+
+    def call() -> Sequence[Tensor]:
+        dx = gemm(t.dy, t.W, t.dS, t.D, scaling=1.0, seed=t.seed, dropout=t.dropout)
+        return (dx,) if t.seed is not None else (dx, gemm(t.x, t.W.t(), t.S, t.U, t.bias, scaling=1.0))
+
+    return call
+
+
+def _down(t: Inputs) -> Call:
+    """Without a product for the fused plan, with it for the one of cuBLAS."""
+
+    def call() -> Sequence[Tensor]:
+        alone, _ = down(t.x, t.D, t.seed, t.dropout, t.branch)
+        S, C = down(t.x, t.D, t.seed, t.dropout, t.branch, Product(t.U, t.bias, 1.0, HALF))
+        assert C is not None
+        return alone, S, C
+
+    return call
+
+
+def _rows(t: Inputs) -> Call:
+    _, K, _ = t.sizes
+    A, dH, Z = t.draw(t.r, K), t.draw(K, t.r, dtype=torch.float32), t.draw(K, t.r, dtype=torch.float32)
+
+    def call() -> Sequence[Tensor]:
+        H, projected = features.forward(t.W, A, None, "in", _ACTIVATION)
+        if t.branch == HALF:
+            return H, projected
+        return H, projected, features.backward(dH, t.W, Z, None, "out", _ACTIVATION, torch.float32, False)[0]
+
+    return call
+
+
+def _columns(t: Inputs) -> Call:
+    _, _, N = t.sizes
+    A, dH, Z = t.draw(t.r, N), t.draw(N, t.r, dtype=torch.float32), t.draw(N, t.r, dtype=torch.float32)
+
+    def call() -> Sequence[Tensor]:
+        dD = down_backward(t.x, t.dS, t.seed, t.dropout, torch.float32)
+        if t.seed is not None:
+            return (dD,)
+        H, projected = features.forward(t.W, A, None, "out", _ACTIVATION)
+        if t.branch == HALF:
+            return dD, H, projected
+        return dD, H, projected, features.backward(dH, t.W, Z, None, "in", _ACTIVATION, torch.float32, False)[0]
+
+    return call
+
+
+def _up_backward(t: Inputs) -> Call:
+    def call() -> Sequence[Tensor]:
+        dS, dU, dbias, _ = up_backward(t.dy, t.U, t.S, 1.0, t.branch, torch.float32, torch.float32)
+        return [one for one in (dS, dU, dbias) if one is not None]
+
+    return call
+
+
+def _finish(t: Inputs) -> Call:
+    M, _, N = t.sizes
+    config = launch.config("up_backward", t.device, t.r, t.branch.itemsize)
+    blocks = -(-N // config.block_n)
+    pieces, _ = launch.split(blocks, M, config.block_m, t.device, launch.up_backward_fill(t.device))
+    shapes = ((blocks, M, t.r), (pieces, N, t.r), (pieces, N))
+    partial = Partial(*(t.draw(*shape, dtype=torch.float32) for shape in shapes))
+    dtypes = (t.branch, torch.float32, torch.float32)
+
+    def call() -> Sequence[Tensor]:
+        product = Product(t.D, None, 1.0, HALF)
+        alone = finish(partial, M, N, t.r, 1.0, dtypes, t.device, None)
+        return [one for one in (*alone, *finish(partial, M, N, t.r, 1.0, dtypes, t.device, product)) if one is not None]
+
+    return call
+
+
+def _chain(t: Inputs) -> Call:
+    _, _, N = t.sizes
+    dH, Z = (t.draw(N, t.r, dtype=torch.float32) for _ in range(2))
+    chain = t.draw(2, t.r, t.r, dtype=torch.float32) / math.sqrt(t.r)
+
+    def call() -> Sequence[Tensor]:
+        return features.backward(dH, None, Z, chain, "in", _ACTIVATION, None, True)
+
+    return call
+
+
+_CALLS: dict[str, Callable[[Inputs], Call]] = {
+    "gemm": _gemm,
+    "gemm descriptor": _gemm,
+    "rows": _rows,
+    "down": _down,
+    "columns": _columns,
+    "up_backward": _up_backward,
+    "finish": _finish,
+    "chain": _chain,
+}
+
+
+def build(table: str, r: int, sizes: Sizes, device: torch.device) -> Problem:
+    """The problem whose launches take their configuration from `table`, with seeded inputs."""
+    generator = torch.Generator(device).manual_seed(0)
+    branch = torch.float32 if table.endswith(" fp32") else HALF
+    # A row that is not 16-byte aligned keeps a GEMM on pointers where the device has descriptors.
+    pitch = 1 if stage_of(table) == "gemm" and launch.has_descriptors(device) else 0
+    copies = copies_of(sizes, device)
+    calls = [
+        _CALLS[stage_of(table)](Inputs(sizes, r, branch, device, generator, "dropout" in table, pitch))
+        for _ in range(copies)
+    ]
+
+    def call(i: int) -> Sequence[Tensor]:
+        with launch.on(device):
+            return calls[i]()
+
+    return Problem(call, copies, max(sizes), device)
+
+
+def copies_of(sizes: Sizes, device: torch.device) -> int:
+    """How many layers to rotate through so that even the weights alone are twice what the device's caches hold."""
+    if device.type == "cpu":
+        return 1
+    from neat_kernels.model.devices import reported_as
+
+    properties = torch.cuda.get_device_properties(device)
+    known = reported_as(properties.name)
+    cache = max(properties.L2_cache_size, 0 if known is None else known.cache)
+    _, K, N = sizes
+    return max(2, math.ceil(2 * cache / (K * N * HALF.itemsize)))
