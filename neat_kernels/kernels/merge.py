@@ -74,6 +74,14 @@ def _merge_kernel(
 
 def merge(weight: Tensor, D: Tensor, U: Tensor, scaling: float, seed: Tensor | None) -> tuple[Tensor, bool]:
     """W' in W's dtype and layout, and whether it is finite; a seed int64 [1] rounds stochastically, to bf16 alone."""
+    merged, flags = merge_with_flags(weight, D, U, scaling, seed)
+    return merged, bool(flags.all())
+
+
+def merge_with_flags(
+    weight: Tensor, D: Tensor, U: Tensor, scaling: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """W' as in `merge`, and for each tile whether it is finite, which the host has not waited for."""
     r, index = D.shape[1], (weight.shape[1], 1)
     merged = whole = torch.empty_like(weight)
     if weight.stride(0) < weight.stride(1):
@@ -83,9 +91,9 @@ def merge(weight: Tensor, D: Tensor, U: Tensor, scaling: float, seed: Tensor | N
     N, K = weight.shape
     config = launch.config("merge", weight.device, r, weight.element_size())
     blocks = launch.cdiv(N, config.block_m) * launch.cdiv(K, config.block_n)
-    if blocks == 0:
-        return whole, True
     flags = weight.new_empty(blocks, dtype=torch.int32)
+    if blocks == 0:
+        return whole, flags
     with launch.on(weight.device):
         run(
             _merge_kernel,
@@ -111,4 +119,4 @@ def merge(weight: Tensor, D: Tensor, U: Tensor, scaling: float, seed: Tensor | N
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-    return whole, bool(flags.all())
+    return whole, flags

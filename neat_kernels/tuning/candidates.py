@@ -15,6 +15,7 @@ AXES = {
     "columns": ("block_m", "block_k", "num_warps", "num_stages"),
     "up_backward": ("block_m", "block_n", "num_warps", "num_stages"),
     "finish": ("block_m", "block_n", "num_warps"),
+    "merge": ("block_m", "block_n", "num_warps"),
     "chain": ("block_m", "num_warps"),
 }
 # The values of each in order, all that a measured configuration may have; a candidate takes the one before or after the

@@ -14,6 +14,7 @@ from neat_kernels.kernels.branch import Product
 from neat_kernels.kernels.down import down
 from neat_kernels.kernels.down_backward import down_backward
 from neat_kernels.kernels.gemm import gemm
+from neat_kernels.kernels.merge import merge_with_flags
 from neat_kernels.kernels.up_backward import up_backward
 from neat_kernels.kernels.up_finish import Partial, finish
 from neat_kernels.tuning.candidates import stage_of
@@ -158,6 +159,15 @@ def _finish(t: Inputs) -> Call:
     return call
 
 
+def _merge(t: Inputs) -> Call:
+    D, U = (t.draw(rows, t.r, dtype=torch.float32) for rows in t.sizes[1:])
+
+    def call() -> Sequence[Tensor]:
+        return merge_with_flags(t.W, D, U, 1.0 / t.sizes.in_features, None)[:1]
+
+    return call
+
+
 def _chain(t: Inputs) -> Call:
     _, _, N = t.sizes
     dH, Z = (t.draw(N, t.r, dtype=torch.float32) for _ in range(2))
@@ -177,6 +187,7 @@ _CALLS: dict[str, Callable[[Inputs], Call]] = {
     "columns": _columns,
     "up_backward": _up_backward,
     "finish": _finish,
+    "merge": _merge,
     "chain": _chain,
 }
 

@@ -300,7 +300,7 @@ MUTATIONS = [
         (MERGED,),
     ),
     Mutation(
-        "rows of the merge's grid", "merge.py", "triton.cdiv(N, config.block_m)", "N // config.block_m", (MERGED,)
+        "rows of the merge's grid", "merge.py", "launch.cdiv(N, config.block_m)", "N // config.block_m", (MERGED,)
     ),
     Mutation("a transposed W's factors", "merge.py", "merged.t(), U, D, index", "merged.t(), D, U, index", (MERGE_T,)),
     Mutation("a transposed W's index", "merge.py", "index[::-1]", "index", (MERGE_T,)),
