@@ -76,7 +76,7 @@ _CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
         "gfx942": {128: Config(128, 128, 32, 8, 2)},
     },
     "gemm dropout": {
-        "sm_80": {32: Config(128, 64, 32, 8, 4), 128: Config(128, 64, 32, 8, 3)},
+        "sm_80": {32: Config(64, 64, 32, 4, 3), 128: Config(128, 64, 32, 8, 3)},
         "default": {32: Config(128, 64, 32, 8, 3), 128: Config(128, 64, 32, 8, 2)},
         "sm_90": {128: Config(128, 64, 64, 8, 3)},
         "sm_100": {128: Config(128, 64, 64, 8, 3)},
@@ -138,7 +138,7 @@ _CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
     },
     "columns fp32": {
         "default": {32: Config(64, 0, 32, 4, 3), 128: Config(32, 0, 32, 4, 2)},
-        "sm_120": {32: Config(32, 0, 32, 4, 3), 128: Config(32, 0, 32, 4, 2)},
+        "sm_120": {32: Config(64, 0, 32, 8, 3), 128: Config(32, 0, 32, 4, 2)},
         "gfx942": {32: Config(64, 0, 32, 4, 2), 128: Config(64, 0, 32, 4, 1)},
     },
     # Tiles of 32 rows take mma.sync: wgmma would be serialised by the mask (C7515).
