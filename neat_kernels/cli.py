@@ -167,8 +167,8 @@ def tune(
     stage: Annotated[
         Texts,
         typer.Option(
-            help="What to measure: gemm, gemm-descriptor, rows, columns, down, up-backward, finish, chain or plans; "
-            "may be repeated.",
+            help="What to measure: gemm, gemm-descriptor, rows, columns, down, up-backward, finish, merge, "
+            "chain or plans; may be repeated.",
             show_default="all",
         ),
     ] = None,

@@ -1,7 +1,9 @@
 """The tuner with a timer that knows every configuration's time, and the files that it writes and launches read."""
 
+import inspect
 import io
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +12,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 pytest.importorskip("triton")
-from neat_kernels import plan
+from neat_kernels import cli, plan
 from neat_kernels.cli import app
 from neat_kernels.finetune.settings import UsageError
 from neat_kernels.kernels import launch, measured
@@ -465,6 +467,8 @@ class TestCommand:
         assert {item.table for item in named if not item.is_plan} == {*launch.tables()}
         on_ampere = command.items(command.Request(command.STAGES, False, None, 1.0, False), launch.Target("sm_80", 1))
         assert not any("descriptor" in item.table for item in on_ampere)
+        told = inspect.signature(cli.tune).parameters["stage"].annotation
+        assert all(re.search(rf"\b{stage}\b", str(told)) for stage in command.STAGES)
 
     def test_a_failure_ends_with_its_status(self, folder, device, monkeypatch):
         def build(*arguments):
