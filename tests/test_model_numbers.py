@@ -7,9 +7,9 @@ import re
 
 import pytest
 import torch
+from counting import InsideOps
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
@@ -137,20 +137,13 @@ class TestProperties:
             assert predict.total(step.launches, better).seconds <= base
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(InsideOps):
     """(operator, bytes of the tensors that it takes, bytes of those that it makes), without views."""
 
     VIEWS = ("t", "transpose", "detach", "view", "_unsafe_view", "alias", "select", "slice", "empty", "new_empty")
 
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "neat_kernels":
-            with self:  # the kernel itself, since a call of the operator would come back here
-                return getattr(nk.ops, f"_{func._opname}")(*args)
-        result = func(*args, **(kwargs or {}))
+    def operator(self, func, args, kwargs):
+        result = func(*args, **kwargs)
         if (func._opname not in self.VIEWS and result is not args[0]) or func._opname.endswith("_"):
             sizes = [[t.nbytes for t in tree_leaves(part) if isinstance(t, torch.Tensor) and t.ndim]
                      for part in ((args, kwargs), result)]  # fmt: skip

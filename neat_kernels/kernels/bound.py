@@ -20,11 +20,6 @@ _COMPILED: dict[tuple[Hashable, ...], tuple[Any, tuple[Any, ...]]] = {}
 _IS_HIP = torch.version.hip is not None
 
 
-def forget() -> None:
-    """Let the next call of every kernel go through Triton again."""
-    _COMPILED.clear()
-
-
 def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """kernel[grid](*arguments, **constants) on the current device and stream.
 

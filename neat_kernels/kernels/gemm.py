@@ -106,11 +106,14 @@ def gemm(
     if C.numel() == 0:
         return C
     scaling = scaling if seed is None else scaling / (1.0 - dropout)
-    if fits(A, B, C):
-        gemm_descriptor(A, B, P, Q, bias, seed, C, scaling, keep_threshold(dropout))
+    by_descriptor = fits(A, B, C)
+    # An fp32 branch has one table, masked or not.
+    masked = " dropout" if seed is not None and P.element_size() == 2 else ""
+    stage = "gemm descriptor" if by_descriptor else "gemm"
+    config = launch.config(stage + masked, A.device, r, P.element_size())
+    if by_descriptor:
+        gemm_descriptor(A, B, P, Q, bias, seed, C, scaling, keep_threshold(dropout), config)
         return C
-    stage = "gemm dropout" if seed is not None and P.element_size() == 2 else "gemm"
-    config = launch.config(stage, A.device, r, P.element_size())
     run(
         _gemm_kernel,
         (launch.cdiv(M, config.block_m) * launch.cdiv(N, config.block_n),),

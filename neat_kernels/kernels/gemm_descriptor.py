@@ -93,12 +93,10 @@ def gemm_descriptor(
     C: Tensor,
     scaling: float,
     threshold: int,
+    config: launch.Config,
 ) -> None:
     """Write C; A, B and C must fit, C must have elements."""
     (M, K), N, r = A.shape, B.shape[1], P.shape[1]
-    half = P.element_size() == 2
-    stage = "gemm descriptor dropout" if seed is not None and half else "gemm descriptor"
-    config = launch.config(stage, A.device, r, P.element_size())
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
     tiles = launch.cdiv(M, block_m) * launch.cdiv(N, block_n)
     programs = min(tiles, launch.target(A.device).multiprocessors) if config.persistent else tiles

@@ -45,6 +45,24 @@ def key_of(entry: dict[str, Any]) -> Key:
     return Key(entry["arch"], entry["device"], entry["stage"], entry["block_r"])
 
 
+def listed(path: Path, name: str) -> list[Any]:
+    """The list `name` of a JSON file, empty where there is no file.
+
+    Raises:
+        ValueError: the file is there and does not hold an object with that list.
+    """
+    if not path.exists():
+        return []
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, got {error}") from error
+    entries = content.get(name) if isinstance(content, dict) else None
+    if not isinstance(entries, list):
+        raise ValueError(f'{path}: expected an object with a list "{name}"')
+    return entries
+
+
 def read(path: Path, stages: Collection[str], archs: Collection[str]) -> list[dict[str, Any]]:
     """The entries of a file, none where there is no file.
 
@@ -56,15 +74,7 @@ def read(path: Path, stages: Collection[str], archs: Collection[str]) -> list[di
     Raises:
         ValueError: the file is there and does not hold what it must.
     """
-    if not path.exists():
-        return []
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, got {error}") from error
-    entries = content.get("configurations") if isinstance(content, dict) else None
-    if not isinstance(entries, list):
-        raise ValueError(f'{path}: expected an object with a list "configurations"')
+    entries = listed(path, "configurations")
     seen: set[Key] = set()
     for entry in entries:
         fault = _fault(entry, stages, archs)

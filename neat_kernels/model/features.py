@@ -84,7 +84,7 @@ def backward(layer: Layer, target: launch.Target) -> tuple[Work, ...]:
     works = []
     shares = dchain = None
     if layer.depth:
-        blocks = -(-length // launch.config("chain", target, r, _F32).block_m)
+        blocks = launch.cdiv(length, launch.config("chain", target, r, _F32).block_m)
         shares, dchain = blocks * _chain_elements(layer) * _F32, _chain(layer)
         trace = _trace(layer, 2 * layer.depth + 1)
         works.append(

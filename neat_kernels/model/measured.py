@@ -8,11 +8,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-PATH = Path(__file__).resolve().parent.parent / "kernels" / "measured_plans.json"
+from neat_kernels.kernels import measured
+from neat_kernels.kernels.measured import listed
+
+PATH = measured.PATH.with_name("measured_plans.json")
 _FIELDS = {"device": str, "dtype": str, "fused_up_to": int, "source": str}
 _DTYPES = ("bfloat16", "float16")
 
@@ -42,15 +44,7 @@ def entries(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: the file is there and does not hold what it must.
     """
-    if not path.exists():
-        return []
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, got {error}") from error
-    plans = content.get("plans") if isinstance(content, dict) else None
-    if not isinstance(plans, list):
-        raise ValueError(f'{path}: expected an object with a list "plans"')
+    plans = listed(path, "plans")
     for entry in plans:
         types = {name: type(value) for name, value in entry.items()} if isinstance(entry, dict) else None
         if types != _FIELDS or entry["dtype"] not in _DTYPES or entry["fused_up_to"] < 0:

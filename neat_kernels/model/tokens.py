@@ -82,7 +82,7 @@ def forward(side: Tokens, plan: str) -> tuple[Work, ...]:
         apply = _gemm(side, (M, N, K), {"q_ptr": side.factor("U")} | present(bias_ptr=side.bias))
         return down, apply
     config = side.config("down")
-    pieces, _ = columns(-(-M // config.block_m), N, config.block_n, side.target)
+    pieces, _ = columns(launch.cdiv(M, config.block_m), N, config.block_n, side.target)
     reads |= present(u_ptr=side.factor("U"), bias_ptr=side.bias)
     flops = 2 * M * K * R * pieces + 2 * M * N * R
     return (
@@ -117,7 +117,7 @@ def _up_backward(side: Tokens, plan: str) -> tuple[Work, ...]:
     layer = side.layer
     M, N, K, r, R = layer.tokens, layer.out_features, layer.in_features, layer.r, launch.block_r(layer.r)
     config = side.config("up_backward")
-    blocks = -(-N // config.block_n)
+    blocks = launch.cdiv(N, config.block_n)
     pieces, _ = launch.split(blocks, M, config.block_m, side.target, launch.up_backward_fill(side.target))
     S, dS, dU = M * r * layer.itemsize, blocks * M * r * _F32, pieces * N * r * _F32
     partial = Work(
@@ -131,7 +131,7 @@ def _up_backward(side: Tokens, plan: str) -> tuple[Work, ...]:
     writes, flops, copies = {"du_ptr": side.factor("U")}, blocks * M * r + pieces * N * r, 1
     if plan == "cublas":
         config = side.config("finish")
-        copies, _ = columns(-(-M // config.block_m), K, config.block_n, side.target)
+        copies, _ = columns(launch.cdiv(M, config.block_m), K, config.block_n, side.target)
         reads["d_ptr"], writes["c_ptr"] = side.factor("D"), side.matrix(M, K)
         flops = copies * blocks * M * r + pieces * N * r + 2 * M * K * R
     writes["ds_ptr"] = copies * S
@@ -151,7 +151,7 @@ def _down_backward(side: Tokens) -> tuple[Work, ...]:
     layer = side.layer
     M, K, r, R = layer.tokens, layer.in_features, layer.r, launch.block_r(layer.r)
     config = side.config("columns")
-    pieces, _ = launch.split(-(-K // config.block_m), M, config.block_k, side.target)
+    pieces, _ = launch.split(launch.cdiv(K, config.block_m), M, config.block_k, side.target)
     partial = pieces * K * r * _F32
     reads = {"x_ptr": side.matrix(M, K), "ds_ptr": M * r * layer.itemsize}
     return (

@@ -145,7 +145,7 @@ def _up_backward(t: Inputs) -> Call:
 def _finish(t: Inputs) -> Call:
     M, _, N = t.sizes
     config = launch.config("up_backward", t.device, t.r, t.branch.itemsize)
-    blocks = -(-N // config.block_n)
+    blocks = launch.cdiv(N, config.block_n)
     pieces, _ = launch.split(blocks, M, config.block_m, t.device, launch.up_backward_fill(t.device))
     shapes = ((blocks, M, t.r), (pieces, N, t.r), (pieces, N))
     partial = Partial(*(t.draw(*shape, dtype=torch.float32) for shape in shapes))
