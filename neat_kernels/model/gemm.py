@@ -95,12 +95,12 @@ def fused_up_to(device: Device, dtype: str) -> int | None:
 
 
 def _fused_is_faster(device: Device, dtype: str, length: int) -> bool:
-    from neat_kernels.kernels import launch
     from neat_kernels.model.predict import predict
+    from neat_kernels.model.steps import target_of
     from neat_kernels.model.tokens import Tokens, forward
     from neat_kernels.model.work import Layer
 
     layer = Layer(_NOMINAL_TOKENS, length, length, dtype=dtype)
-    side = Tokens(layer, launch.Target(device.arch, device.multiprocessors))
+    side = Tokens(layer, target_of(device))
     fused, cublas = (sum(predict(work, device).seconds for work in forward(side, plan)) for plan in ("fused", "cublas"))
     return fused <= cublas
