@@ -124,7 +124,7 @@ MUTATIONS = [
     Mutation(
         "a ragged last piece",
         "launch.py",
-        "max(1, -(-tiles // steps))",
+        "max(1, cdiv(tiles, steps))",
         "max(1, tiles // steps)",
         (f"{PIECES}[(5, 811, 13)-out-1-torch.float32]",),
     ),
