@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-import neat_kernels.ops  # noqa: F401  (registers torch.ops.neat_kernels)
+from neat_kernels.ops.features import FEATURES
+from neat_kernels.ops.low_rank import LOW_RANK_LINEAR
+from neat_kernels.ops.neat import NEAT_LINEAR
 from neat_kernels.plan import choose_backend, token_backend
 from neat_kernels.torch_backend.dropout import draw_seed
 from neat_kernels.vocabulary import (
@@ -71,24 +73,32 @@ def neat_linear(
 
     Source: arXiv 2410.01870.
     """
-    H = neat_features(
-        weight, A, encoders=encoders, decoders=decoders, orientation=orientation, activation=activation, backend=backend
-    )
-    if B.dtype != A.dtype:
-        raise ValueError(f"A and B must share a dtype, got {A.dtype} and {B.dtype}")
-    down, up = (H, B) if orientation == "out" else (B, H)
-    return low_rank_linear(
-        x,
+    chain = _check_network(weight, A, encoders, decoders, orientation, activation)
+    out_features, in_features = weight.shape
+    r, columns = A.shape
+    _check_device(weight.device, x=x, B=B, bias=bias)
+    if tuple(B.shape) != (columns, r) or B.dtype != A.dtype:
+        raise ValueError(f"B must be [{columns}, {r}] in A's {A.dtype}, got {tuple(B.shape)} in {B.dtype}")
+    _check_tokens(x, weight, bias, scaling, dropout, compute_dtype)
+    _check_no_tangent(x, weight, A, B, chain, bias)
+    seed = draw_seed(x) if training and dropout > 0.0 else None
+    chosen = choose_backend(backend, x.device, (x.dtype, weight.dtype, A.dtype), r)
+    y, _, _, _ = NEAT_LINEAR(
+        x.reshape(-1, in_features),
         weight,
-        down,
-        up,
         bias,
-        scaling=scaling,
-        dropout=dropout,
-        training=training,
-        compute_dtype=compute_dtype,
-        backend=backend,
+        A,
+        B,
+        chain,
+        seed,
+        orientation,
+        activation,
+        float(scaling),
+        dropout if seed is not None else 0.0,
+        compute_dtype,
+        token_backend(chosen, x.device, autocast_dtype(x), in_features, out_features),
     )
+    return y.view(*x.shape[:-1], out_features)
 
 
 def neat_features(
@@ -124,21 +134,10 @@ def neat_features(
 
     Source: arXiv 2410.01870.
     """
-    check_choice("orientation", orientation, ORIENTATIONS)
-    check_choice("activation", activation, ACTIVATIONS)
-    _check_weight(weight)
-    columns = weight.shape[0 if orientation == "out" else 1]
-    _check_float("A", A)
-    if A.ndim != 2 or A.shape[0] < 1 or A.shape[1] != columns:
-        raise ValueError(
-            f"A must be [r, {columns}] for a weight {tuple(weight.shape)} and orientation={orientation!r}, "
-            f"got {tuple(A.shape)}"
-        )
-    _check_device(weight.device, A=A)
-    chain = _stack_chain(encoders, decoders, A)
+    chain = _check_network(weight, A, encoders, decoders, orientation, activation)
     _check_no_tangent(weight, A, chain)
     chosen = choose_backend(backend, weight.device, (weight.dtype, A.dtype), A.shape[0])
-    H, _ = torch.ops.neat_kernels.features(weight, A, chain, orientation, activation, chosen)
+    H, _ = FEATURES(weight, A, chain, orientation, activation, chosen)
     return H
 
 
@@ -182,19 +181,14 @@ def low_rank_linear(
     """
     _check_weight(weight)
     out_features, in_features = weight.shape
-    if x.ndim < 1 or x.shape[-1] != in_features:
-        raise ValueError(f"x must be [..., {in_features}] for a weight {tuple(weight.shape)}, got {tuple(x.shape)}")
-    _check_factors(weight, down, up, bias)
     _check_device(weight.device, x=x, down=down, up=up, bias=bias)
-    _check_dtypes(x, weight, bias, compute_dtype)
-    check_scaling(scaling)
-    check_dropout(dropout)
+    _check_factors(weight, down, up)
+    _check_tokens(x, weight, bias, scaling, dropout, compute_dtype)
     _check_no_tangent(x, weight, down, up, bias)
     seed = draw_seed(x) if training and dropout > 0.0 else None
     chosen = choose_backend(backend, x.device, (x.dtype, weight.dtype, down.dtype, up.dtype), down.shape[1])
-    rows = x.reshape(-1, in_features)
-    y, _ = torch.ops.neat_kernels.low_rank_linear(
-        rows,
+    y, _ = LOW_RANK_LINEAR(
+        x.reshape(-1, in_features),
         weight,
         bias,
         down,
@@ -225,7 +219,7 @@ def _check_float(name: str, t: Tensor) -> None:
         raise ValueError(f"{name} must be float64, float32, bfloat16 or float16, got {t.dtype}")
 
 
-def _check_factors(weight: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> None:
+def _check_factors(weight: Tensor, down: Tensor, up: Tensor) -> None:
     out_features, in_features = weight.shape
     _check_float("down", down)
     _check_float("up", up)
@@ -234,8 +228,47 @@ def _check_factors(weight: Tensor, down: Tensor, up: Tensor, bias: Tensor | None
         raise ValueError(f"down must be [{in_features}, r] for a weight {tuple(weight.shape)}, got {tuple(down.shape)}")
     if tuple(up.shape) != (out_features, r):
         raise ValueError(f"up must be [{out_features}, {r}] to match weight and down, got {tuple(up.shape)}")
+
+
+def _check_tokens(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout: float,
+    compute_dtype: torch.dtype | None,
+) -> None:
+    out_features, in_features = weight.shape
+    if x.ndim < 1 or x.shape[-1] != in_features:
+        raise ValueError(f"x must be [..., {in_features}] for a weight {tuple(weight.shape)}, got {tuple(x.shape)}")
     if bias is not None and tuple(bias.shape) != (out_features,):
         raise ValueError(f"bias must be [{out_features}], got {tuple(bias.shape)}")
+    _check_dtypes(x, weight, bias, compute_dtype)
+    check_scaling(scaling)
+    check_dropout(dropout)
+
+
+def _check_network(
+    weight: Tensor,
+    A: Tensor,
+    encoders: Sequence[Tensor],
+    decoders: Sequence[Tensor],
+    orientation: str,
+    activation: str,
+) -> Tensor | None:
+    """The chain [2p,r,r], once the arguments of the features are what they must be."""
+    check_choice("orientation", orientation, ORIENTATIONS)
+    check_choice("activation", activation, ACTIVATIONS)
+    _check_weight(weight)
+    columns = weight.shape[0 if orientation == "out" else 1]
+    _check_float("A", A)
+    if A.ndim != 2 or A.shape[0] < 1 or A.shape[1] != columns:
+        raise ValueError(
+            f"A must be [r, {columns}] for a weight {tuple(weight.shape)} and orientation={orientation!r}, "
+            f"got {tuple(A.shape)}"
+        )
+    _check_device(weight.device, A=A)
+    return _stack_chain(encoders, decoders, A)
 
 
 def _check_dtypes(x: Tensor, weight: Tensor, bias: Tensor | None, compute_dtype: torch.dtype | None) -> None:

@@ -206,19 +206,18 @@ class FusedNeatLinear(nn.Module):
         if self.merged:
             self._refuse_training_while_merged()
             return F.linear(x, self._matrix(), self.bias)
-        down, up = self._factors(x)
-        return functional.low_rank_linear(
-            x,
-            self._matrix(),
-            down,
-            up,
-            self.bias,
-            scaling=self.scaling,
-            dropout=self.dropout,
-            training=self.training,
-            compute_dtype=self.compute_dtype,
-            backend=self.backend,
-        )
+        token_side: dict[str, Any] = {
+            "scaling": self.scaling,
+            "dropout": self.dropout,
+            "training": self.training,
+            "compute_dtype": self.compute_dtype,
+            "backend": self.backend,
+        }
+        weight = self._matrix()
+        given = self._given_factors(x)
+        if given is not None:
+            return functional.low_rank_linear(x, weight, *given, self.bias, **token_side)
+        return functional.neat_linear(x, weight, self.neat_A, self.neat_B, self.bias, **self._network(), **token_side)
 
     def delta_weight(self) -> Tensor:
         """The update ΔW = s·U·Dᵀ as a matrix, for inspection and tests.
@@ -363,27 +362,28 @@ class FusedNeatLinear(nn.Module):
         return self.weight, self.neat_A, self.neat_B, *self.neat_encoders, *self.neat_decoders
 
     def _features(self, weight: Tensor) -> Tensor:
-        return functional.neat_features(
-            weight,
-            self.neat_A,
-            encoders=tuple(self.neat_encoders),
-            decoders=tuple(self.neat_decoders),
-            orientation=self.orientation,
-            activation=self.activation,
-            backend=self.backend,
-        )
+        return functional.neat_features(weight, self.neat_A, **self._network(), backend=self.backend)
+
+    def _network(self) -> dict[str, Any]:
+        return {
+            "encoders": tuple(self.neat_encoders),
+            "decoders": tuple(self.neat_decoders),
+            "orientation": self.orientation,
+            "activation": self.activation,
+        }
 
     def _as_factors(self, H: Tensor, B: Tensor) -> Factors:
         return (H, B) if self.orientation == "out" else (B, H)
 
-    def _factors(self, x: Tensor) -> Factors:
+    def _given_factors(self, x: Tensor) -> Factors | None:
+        """D and U where the features need not be computed anew: reused ones, or those of the cache."""
         if self._reused is not None:
             return self._as_factors(self._reused.checked(self._feature_parameters()), self.neat_B)
         if self.training or torch.is_grad_enabled():
-            return self._as_factors(self._features(self._matrix()), self.neat_B)
+            return None
         parameters = self._feature_parameters()
         if not self._cache.usable(parameters):
-            return self._as_factors(self._features(self._matrix()), self.neat_B)
+            return None
         dtype = self.compute_dtype or autocast_dtype(x)
         key = (dtype, self.orientation, self.activation)
         return self._cache.get(parameters, key) or self._cache.put(parameters, key, self._detached_factors(dtype))

@@ -4,7 +4,7 @@ from collections import Counter
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from neat_kernels import ops
+from neat_kernels.ops.register import KERNELS
 
 
 class InsideOps(TorchDispatchMode):
@@ -20,7 +20,7 @@ class InsideOps(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "neat_kernels":
             with self:  # the kernel itself, since a call of the operator would come back here
-                return getattr(ops, f"_{func._opname}")(*args)
+                return KERNELS[func._opname](*args)
         return self.operator(func, args, kwargs or {})
 
 
@@ -31,6 +31,11 @@ class CountOps(TorchDispatchMode):
         super().__init__()
         self.calls = Counter()
         self.arguments = {}
+
+    @property
+    def features(self):
+        """Passes through the features of a layer, alone or with its token side."""
+        return self.calls["features"] + self.calls["neat_linear"]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         namespace, _, name = func._schema.name.partition("::")

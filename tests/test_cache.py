@@ -31,7 +31,7 @@ def make(**options):
 def feature_passes(layer, x):
     with CountOps() as ops:
         layer(x)
-    return ops.calls["features"]
+    return ops.features
 
 
 def truth(layer, x):

@@ -183,7 +183,7 @@ class TestSwapped:
         for expected in (len(neat_layers(model)), 0):
             with CountOps() as ops, torch.inference_mode():
                 y = model(**batch).logits
-            assert ops.calls["features"] == expected
+            assert ops.features == expected
             assert torch.equal(y, uncached)
 
     @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -196,7 +196,7 @@ class TestSwapped:
         model.enable_input_require_grads()
         with CountOps() as ops:
             ours = gradients(model, batch)
-        assert ops.calls["low_rank_linear"] > len(neat_layers(model)), "nothing was recomputed"
+        assert ops.calls["neat_linear"] > len(neat_layers(model)), "nothing was recomputed"
         assert ours.keys() == expected.keys()
         for name in ours:
             torch.testing.assert_close(ours[name], expected[name], msg=name)
@@ -213,7 +213,7 @@ class TestSwapped:
         with CountOps() as ops, nk.reuse_features(model):
             for _ in range(2):
                 model(**batch).loss.backward()
-        assert ops.calls["features"] == ops.calls["features_backward"] == len(neat_layers(model))
+        assert ops.features == ops.calls["features_backward"] == len(neat_layers(model))
         for name, g in expected.items():
             torch.testing.assert_close(model.get_parameter(name).grad, g, msg=name)
 

@@ -89,6 +89,62 @@ def test_low_rank_linear_backward_passes_opcheck(needs):
     )
 
 
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_neat_linear_passes_opcheck(orientation, depth, dropout):
+    t, weight = tensors()
+    columns = 7 if orientation == "out" else 9
+    A, B = (torch.randn(shape, requires_grad=True) for shape in ((3, columns), (columns, 3)))
+    chain = torch.randn(2 * depth, 3, 3, requires_grad=True) if depth else None
+    seed = SEED if dropout else None
+    torch.library.opcheck(
+        OPS.neat_linear.default,
+        (t["x"], weight, t["bias"], A, B, chain, seed, orientation, "silu", 0.5, dropout, torch.float32, "torch"),
+    )
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=5)), ids=str)
+def test_neat_linear_backward_passes_opcheck(needs, orientation):
+    """Given exactly what autograd saves for these needs."""
+    need_dx, need_dA, need_dB, need_dchain, need_dbias = needs
+    need_dH = need_dA or need_dchain
+    need_dD, need_dU = (need_dH, need_dB) if orientation == "out" else (need_dB, need_dH)
+    read_D, read_U = need_dx, need_dx or need_dD
+    read_H, read_B = (read_D, read_U) if orientation == "out" else (read_U, read_D)
+    rows, columns = (9, 7) if orientation == "out" else (7, 9)
+
+    def given(wanted, *shape):
+        return torch.randn(shape) if wanted else None
+
+    torch.library.opcheck(
+        OPS.neat_linear_backward.default,
+        (
+            torch.randn(6, 7),
+            given(need_dD, 6, 9),
+            given(need_dx or need_dA, 7, 9),
+            given(read_B, columns, 3),
+            given(need_dH, 2, 3, 3),
+            given(need_dU, 6, 3),
+            given(read_H, rows, 3),
+            given(need_dH, rows, 3),
+            None,
+            orientation,
+            "gelu",
+            0.5,
+            0.0,
+            None,
+            need_dx,
+            torch.bfloat16 if need_dA else None,
+            torch.bfloat16 if need_dB else None,
+            need_dchain,
+            torch.float32 if need_dbias else None,
+            "torch",
+        ),
+    )
+
+
 def test_a_trainable_weight_is_refused_by_the_operators_too():
     t, weight = tensors()
     weight.requires_grad_()
@@ -96,6 +152,9 @@ def test_a_trainable_weight_is_refused_by_the_operators_too():
         OPS.low_rank_linear(t["x"], weight, None, t["down"], t["up"], None, 1.0, 0.0, None, "torch")
     with pytest.raises(RuntimeError, match="requires_grad_\\(False\\)"):
         OPS.features(weight, torch.randn(3, 7), None, "out", "relu", "torch")
+    A, B = torch.randn(3, 7), torch.randn(7, 3)
+    with pytest.raises(RuntimeError, match="requires_grad_\\(False\\)"):
+        OPS.neat_linear(t["x"], weight, None, A, B, None, None, "out", "relu", 1.0, 0.0, None, "torch")
 
 
 class Calls(torch.utils._python_dispatch.TorchDispatchMode):
@@ -111,29 +170,29 @@ class Calls(torch.utils._python_dispatch.TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(
-    ("trained", "expected"),
-    [
-        ({"x"}, {"low_rank_linear_backward"}),
-        ({"B"}, {"low_rank_linear_backward"}),
-        ({"A"}, {"low_rank_linear_backward", "features_backward"}),
-        (set(), set()),
-    ],
-    ids=["x", "B", "A", "none"],
-)
-def test_gradients_nobody_asked_for_are_not_computed(trained, expected):
-    leaves = {"x": torch.randn(6, 9), "A": torch.randn(3, 7), "B": torch.randn(7, 3), "bias": torch.randn(7)}
-    for name in trained:
-        leaves[name].requires_grad_()
+@pytest.mark.parametrize("trained", [set(), {"x"}, {"A"}, {"B"}, {"bias"}, {"encoders"}, {"A", "x"}], ids=str)
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_gradients_nobody_asked_for_are_not_computed(trained, orientation):
+    columns = 7 if orientation == "out" else 9
+    shapes = {"x": (6, 9), "A": (3, columns), "B": (columns, 3), "bias": (7,), "encoders": (3, 3)}
+    leaves = {name: torch.randn(shape).requires_grad_(name in trained) for name, shape in shapes.items()}
+    decoder = torch.randn(3, 3)
+    given = {**leaves, "encoders": [leaves["encoders"]], "decoders": [decoder]}
     with Calls() as calls:
-        y = neat_kernels.functional.neat_linear(weight=torch.randn(7, 9), **leaves)
+        y = neat_kernels.functional.neat_linear(weight=torch.randn(7, 9), orientation=orientation, **given)
         if trained:
             y.sum().backward()
-    backward = {name: args for name, args in calls.seen if name.endswith("backward")}
-    assert set(backward) == expected
+    backward = [args for name, args in calls.seen if name == "neat_linear_backward"]
+    assert len(backward) == bool(trained)
     for name in leaves:
         assert (leaves[name].grad is not None) == (name in trained)
     if trained:
-        need_dx, ddown, dup, dbias = backward["low_rank_linear_backward"][10:14]
-        asked = {"x": need_dx, "A": ddown is not None, "B": dup is not None, "bias": dbias is not None}
+        need_dx, dA, dB, need_dchain, dbias = backward[0][14:19]
+        asked = {
+            "x": need_dx,
+            "A": dA is not None,
+            "B": dB is not None,
+            "encoders": need_dchain,
+            "bias": dbias is not None,
+        }
         assert {name for name, wanted in asked.items() if wanted} == trained

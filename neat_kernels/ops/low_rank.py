@@ -1,0 +1,166 @@
+"""neat_kernels::low_rank_linear: y, S = x·Wᵀ + bias + s·S·Uᵀ, x̃·D, with its backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neat_kernels.ops.register import implementation, refuse_trainable_weight, register
+from neat_kernels.torch_backend.low_rank import Branch, Needs
+from neat_kernels.vocabulary import autocast_dtype
+
+
+def _low_rank_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    seed: Tensor | None,
+    scaling: float,
+    dropout: float,
+    compute_dtype: torch.dtype | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return implementation("low_rank", backend).forward(
+        x, weight, bias, down, up, seed, Branch(scaling, dropout, compute_dtype, backend)
+    )
+
+
+def fake_tokens(x: Tensor, weight: Tensor, r: int, compute_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """y and S."""
+    return x.new_empty((x.shape[0], weight.shape[0])), x.new_empty((x.shape[0], r), dtype=compute_dtype or x.dtype)
+
+
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    seed: Tensor | None,
+    scaling: float,
+    dropout: float,
+    compute_dtype: torch.dtype | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return fake_tokens(x, weight, down.shape[1], compute_dtype)
+
+
+def _low_rank_linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    S: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout: float,
+    compute_dtype: torch.dtype | None,
+    need_dx: bool,
+    ddown_dtype: torch.dtype | None,
+    dup_dtype: torch.dtype | None,
+    dbias_dtype: torch.dtype | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    branch = Branch(scaling, dropout, compute_dtype, backend)
+    needs = Needs(need_dx, ddown_dtype, dup_dtype, dbias_dtype)
+    return implementation("low_rank", backend).backward(dy, x, weight, down, up, S, seed, branch, needs)
+
+
+def _fake_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    S: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout: float,
+    compute_dtype: torch.dtype | None,
+    need_dx: bool,
+    ddown_dtype: torch.dtype | None,
+    dup_dtype: torch.dtype | None,
+    dbias_dtype: torch.dtype | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx, ddown, dup, dbias = (dy.new_empty(0) for _ in range(4))
+    if need_dx:
+        assert weight is not None
+        dx = dy.new_empty((dy.shape[0], weight.shape[1]))
+    if ddown_dtype is not None:
+        assert x is not None
+        assert up is not None
+        ddown = dy.new_empty((x.shape[1], up.shape[1]), dtype=ddown_dtype)
+    if dup_dtype is not None:
+        assert S is not None
+        dup = dy.new_empty((dy.shape[1], S.shape[1]), dtype=dup_dtype)
+    if dbias_dtype is not None:
+        dbias = dy.new_empty((dy.shape[1],), dtype=dbias_dtype)
+    return dx, ddown, dup, dbias
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, bias, down, up, seed, *ctx.branch, ctx.backend = inputs
+    need_dx, need_dweight, need_dbias, need_ddown, need_dup = ctx.needs_input_grad[:5]
+    if need_dweight:
+        refuse_trainable_weight("low_rank_linear")
+    S = output[1]
+    ctx.mark_non_differentiable(S)
+    ctx.set_materialize_grads(False)
+    ctx.needs = (
+        need_dx,
+        down.dtype if need_ddown else None,
+        up.dtype if need_dup else None,
+        bias.dtype if need_dbias else None,
+    )
+    ctx.save_for_backward(
+        x if need_ddown else None,
+        weight if need_dx else None,
+        down if need_dx else None,
+        up if need_dx or need_ddown else None,
+        S if need_dup else None,
+        seed,
+    )
+
+
+def _backward(ctx: Any, dy: Tensor | None, dS: None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 10
+    dx, ddown, dup, dbias = _BACKWARD(dy, *ctx.saved_tensors, *ctx.branch, *ctx.needs, ctx.backend)
+    need_dx, need_ddown, need_dup, need_dbias = ctx.needs
+    return (
+        dx if need_dx else None,
+        None,
+        dbias if need_dbias is not None else None,
+        ddown if need_ddown is not None else None,
+        dup if need_dup is not None else None,
+        *(None,) * 5,
+    )
+
+
+def cast_tokens(x: Tensor) -> Tensor:
+    """x as autocast wants it: W is cast inside the operator, so that autograd saves W itself and no copy of it."""
+    return x.to(autocast_dtype(x))
+
+
+_BACKWARD = register(
+    "low_rank_linear_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor? down, Tensor? up, Tensor? S, Tensor? seed, "
+    "float scaling, float dropout, ScalarType? compute_dtype, bool need_dx, ScalarType? ddown_dtype, "
+    "ScalarType? dup_dtype, ScalarType? dbias_dtype, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _low_rank_linear_backward,
+    _fake_backward,
+)
+LOW_RANK_LINEAR = register(
+    "low_rank_linear(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, Tensor? seed, float scaling, "
+    "float dropout, ScalarType? compute_dtype, str backend) -> (Tensor, Tensor)",
+    _low_rank_linear,
+    _fake,
+    _backward,
+    _setup,
+    cast_tokens,
+)
