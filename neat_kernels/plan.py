@@ -17,6 +17,8 @@ MAX_R = 128
 # Longest reduction for which the fused GEMM is chosen on a device that was not measured and that the cost model does
 # not know.
 FUSED_UP_TO = 2048
+# Tokens and rank up to which one read of W each way serves both sides; a rule, since no device was measured.
+SMALL_BATCH = 128
 _LOWEST_CAPABILITY = (8, 0)
 _AMD_ARCHS = ("gfx942",)
 
@@ -157,6 +159,16 @@ def choose_gemm(device: torch.device, dtype: torch.dtype, length: int) -> str:
     if device.type == "cpu" or (dtype in HALF_DTYPES and length <= _fused_up_to(device, dtype)):
         return "fused"
     return "cublas"
+
+
+def is_small_batch(backend: str, x: torch.Tensor, r: int) -> bool:
+    """Whether a layer whose features are not given runs under x [M,·], or dy, by `kernels/small_batch.py`.
+
+    Asked inside the operators: it depends on the number of tokens, which must not be part of their arguments.
+    """
+    tokens = x.shape[0]
+    multiplies = x.dtype in HALF_DTYPES or x.device.type == "cpu"
+    return backend != "torch" and multiplies and 0 < tokens <= SMALL_BATCH - r
 
 
 def token_backend(backend: str, device: torch.device, dtype: torch.dtype, in_features: int, out_features: int) -> str:

@@ -16,6 +16,7 @@ from neat_kernels import cli, plan
 from neat_kernels.cli import app
 from neat_kernels.finetune.settings import UsageError
 from neat_kernels.kernels import launch, measured
+from neat_kernels.kernels.configs import Config
 from neat_kernels.kernels.measured import Key
 from neat_kernels.model import measured as measured_plans
 from neat_kernels.tuning import TuningError, command, files, plans, problems, search, session, timing
@@ -133,7 +134,7 @@ def test_candidates_are_others_that_a_file_may_hold(arch):
 
 
 def test_candidates_are_one_step_away_and_fit_into_registers():
-    present = launch.Config(16, 0, 256, 1, 1)
+    present = Config(16, 0, 256, 1, 1)
     assert candidates("rows fp32", present) == [
         present._replace(block_k=128),
         present._replace(num_warps=2),

@@ -110,29 +110,31 @@ def backward(
         return features_backward(dH, W, Z.contiguous(), chain, activation, dA_dtype, need_dchain)
 
 
+def feature_dtype(weight: Tensor, A: Tensor) -> torch.dtype:
+    """The dtype in which W and A are multiplied: theirs where they share a half type, else fp32."""
+    return weight.dtype if weight.dtype == A.dtype and A.dtype in HALF_DTYPES else torch.float32
+
+
 def _features(
     weight: Tensor, A: Tensor, chain: Tensor | None, orientation: str, activation: str
 ) -> tuple[Tensor, Tensor]:
     device, r = weight.device, A.shape[0]
     W = weight.t() if orientation == "out" else weight
     rows, length = W.shape
-    depth = 0 if chain is None else chain.shape[0] // 2
-    compute = weight.dtype if weight.dtype == A.dtype and A.dtype in HALF_DTYPES else torch.float32
+    compute = feature_dtype(weight, A)
     config, blocks, pieces, steps = launch.walk(W, r, compute.itemsize)
     Z, H = (weight.new_empty((rows, r), dtype=torch.float32) for _ in range(2))
     if rows == 0:
         return H, Z
-    partial = Z if pieces == 1 else weight.new_empty((pieces, rows, r), dtype=torch.float32)
-    trace = None if chain is None else weight.new_empty((chain.shape[0], rows, r), dtype=torch.float32)
-    shared = {"R": r, "BLOCK_R": launch.block_r(r), "ACTIVATION": activation, "DEPTH": depth}
-    shared["PRECISION"] = launch.branch_precision(device)
+    split = pieces > 1
+    partial = weight.new_empty((pieces, rows, r), dtype=torch.float32) if split else Z
     run(
         _project_kernel,
         (blocks, pieces),
         W,
         A,
         chain,
-        trace,
+        None if split else _trace(chain, rows, r),
         partial,
         H,
         rows,
@@ -140,29 +142,52 @@ def _features(
         steps,
         *W.stride(),
         *A.stride(),
+        R=r,
         BLOCK_M=config.block_m,
         BLOCK_L=config.block_k,
+        BLOCK_R=launch.block_r(r),
         COMPUTE=launch.TRITON_DTYPES[compute],
-        SPLIT=pieces > 1,
+        ACTIVATION=activation,
+        DEPTH=_depth(chain),
+        SPLIT=split,
+        PRECISION=launch.branch_precision(device),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **shared,
     )
-    if pieces > 1:
-        config = launch.config("chain", device, r, 4)
-        run(
-            _finish_kernel,
-            (launch.cdiv(rows, config.block_m),),
-            partial,
-            chain,
-            trace,
-            Z,
-            H,
-            rows,
-            pieces,
-            BLOCK_M=config.block_m,
-            BLOCK_PIECES=block_pieces(config.block_m * launch.block_r(r)),
-            num_warps=config.num_warps,
-            **shared,
-        )
+    return finish_features(partial, chain, activation) if split else (H, Z)
+
+
+def finish_features(partial: Tensor, chain: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
+    """H = g(Z) and Z [rows,r], the sum of its partial sums [pieces,rows,r]; chain contiguous."""
+    pieces, rows, r = partial.shape
+    Z, H = (torch.empty_like(partial[0]) for _ in range(2))
+    config = launch.config("chain", partial.device, r, 4)
+    run(
+        _finish_kernel,
+        (launch.cdiv(rows, config.block_m),),
+        partial,
+        chain,
+        _trace(chain, rows, r),
+        Z,
+        H,
+        rows,
+        pieces,
+        R=r,
+        BLOCK_M=config.block_m,
+        BLOCK_R=launch.block_r(r),
+        BLOCK_PIECES=block_pieces(config.block_m * launch.block_r(r)),
+        ACTIVATION=activation,
+        DEPTH=_depth(chain),
+        PRECISION=launch.branch_precision(partial.device),
+        num_warps=config.num_warps,
+    )
     return H, Z
+
+
+def _depth(chain: Tensor | None) -> int:
+    return 0 if chain is None else chain.shape[0] // 2
+
+
+def _trace(chain: Tensor | None, rows: int, r: int) -> Tensor | None:
+    """Room for the input of every layer of the chain."""
+    return None if chain is None else chain.new_empty((chain.shape[0], rows, r), dtype=torch.float32)

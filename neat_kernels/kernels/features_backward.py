@@ -111,7 +111,7 @@ def features_backward(
     through: str | None = activation
     dZ, shares, dchain = dH, None, None
     if chain is not None:
-        dZ, shares = _through_chain(dH, Z, chain, activation, need_dchain)
+        dZ, shares = through_chain(dH, Z, chain, activation, need_dchain)
         through = None
         dchain = torch.empty_like(chain) if need_dchain else None
     dA = Z.new_empty(0)
@@ -124,7 +124,7 @@ def features_backward(
     return dA, Z.new_empty(0) if dchain is None else dchain
 
 
-def _through_chain(
+def through_chain(
     dH: Tensor, Z: Tensor, chain: Tensor, activation: str, need_dchain: bool
 ) -> tuple[Tensor, Tensor | None]:
     """dZ, and the share that every block of its rows has in dchain."""

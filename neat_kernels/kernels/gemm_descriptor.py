@@ -14,6 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from neat_kernels.kernels import launch
 from neat_kernels.kernels.bound import run
+from neat_kernels.kernels.configs import Config
 from neat_kernels.kernels.tiles import add_bias, low_rank_tile
 
 # Tile rows that walk down together, so that their tiles of B stay in the L2 cache.
@@ -93,7 +94,7 @@ def gemm_descriptor(
     C: Tensor,
     scaling: float,
     threshold: int,
-    config: launch.Config,
+    config: Config,
 ) -> None:
     """Write C; A, B and C must fit, C must have elements."""
     (M, K), N, r = A.shape, B.shape[1], P.shape[1]

@@ -1,4 +1,4 @@
-"""Launch configurations as data, and what a launch needs to know of its device.
+"""The launch configuration of a stage, and what else a launch needs to know of its device.
 
 No configuration depends on the number of tokens: a batch of another size never compiles anything.
 """
@@ -15,6 +15,7 @@ import torch
 import triton.language as tl
 
 from neat_kernels.kernels import measured
+from neat_kernels.kernels.configs import CONFIGS, Config
 
 
 class Target(NamedTuple):
@@ -30,20 +31,6 @@ class Target(NamedTuple):
 
 # Where a launch is to run: a device, or the target of one that is not here.
 Place = torch.device | Target
-
-
-class Config(NamedTuple):
-    """Tile and launch of one kernel; zero stands for a block that the stage does not have.
-
-    A persistent kernel has one program a multiprocessor, which takes one tile after another.
-    """
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    persistent: bool = False
 
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -62,140 +49,6 @@ _ARCHS = {
     121: "sm_120",
 }
 _FALLBACK_ARCH = "sm_86"
-
-# {stage: {arch: {largest block_r: configuration}}}, chosen from offline compilation (registers, shared memory) and not
-# from timings. A stage has a table of its own for operands of 4 bytes, and for a dropout mask: ten rounds of Philox for
-# every element take registers.
-_CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
-    # x·Wᵀ and dy·W with the low-rank product: tile [block_m, block_n].
-    "gemm": {
-        "sm_80": {32: Config(128, 128, 32, 8, 4), 128: Config(128, 128, 32, 8, 3)},
-        "default": {32: Config(128, 128, 32, 8, 3), 128: Config(128, 128, 32, 8, 2)},
-        "sm_90": {128: Config(128, 128, 64, 8, 3)},
-        "sm_100": {128: Config(128, 128, 64, 8, 3)},
-        "gfx942": {128: Config(128, 128, 32, 8, 2)},
-    },
-    "gemm dropout": {
-        "sm_80": {32: Config(64, 64, 32, 4, 3), 128: Config(128, 64, 32, 8, 3)},
-        "default": {32: Config(128, 64, 32, 8, 3), 128: Config(128, 64, 32, 8, 2)},
-        "sm_90": {128: Config(128, 64, 64, 8, 3)},
-        "sm_100": {128: Config(128, 64, 64, 8, 3)},
-        "gfx942": {128: Config(128, 64, 64, 8, 2)},
-    },
-    # The same with an fp32 branch over half operands, masked or not.
-    "gemm fp32": {
-        "default": {32: Config(128, 64, 32, 8, 3), 128: Config(64, 64, 32, 8, 2)},
-        "gfx942": {32: Config(128, 64, 64, 8, 2), 128: Config(64, 64, 64, 8, 2)},
-    },
-    # The same on tensor descriptors.
-    "gemm descriptor": {
-        "sm_90": {
-            16: Config(128, 256, 64, 8, 3, persistent=True),
-            64: Config(128, 128, 64, 8, 4),
-            128: Config(128, 128, 64, 8, 3),
-        },
-        "default": {16: Config(128, 256, 64, 8, 3, persistent=True), 128: Config(128, 128, 64, 8, 3)},
-    },
-    "gemm descriptor dropout": {
-        "default": {16: Config(128, 256, 64, 8, 3), 128: Config(128, 128, 64, 8, 3)},
-    },
-    "gemm descriptor fp32": {
-        "default": {128: Config(128, 128, 64, 8, 3)},
-    },
-    # [block_m rows] of a tall matrix times a narrow one, block_k of the reduction at a time, contiguous along it.
-    "rows": {
-        "default": {32: Config(32, 0, 128, 4, 3), 128: Config(32, 0, 64, 4, 2)},
-        "gfx942": {32: Config(32, 0, 128, 4, 2), 128: Config(32, 0, 64, 4, 1)},
-    },
-    "rows fp32": {
-        "default": {32: Config(32, 0, 64, 4, 3), 128: Config(32, 0, 32, 4, 2)},
-        "gfx942": {32: Config(32, 0, 64, 4, 2), 128: Config(32, 0, 64, 4, 1)},
-    },
-    # The same for S, with tiles of block_n columns of a product of S that follows.
-    "down": {
-        "default": {32: Config(32, 128, 128, 4, 3), 128: Config(32, 64, 64, 4, 2)},
-        "gfx942": {32: Config(32, 128, 128, 4, 2), 128: Config(64, 64, 64, 8, 1)},
-    },
-    "down dropout": {
-        "default": {32: Config(32, 128, 64, 4, 3), 128: Config(32, 64, 64, 4, 2)},
-        "gfx942": {32: Config(32, 128, 64, 4, 2), 128: Config(64, 64, 32, 4, 1)},
-    },
-    "down dropout fp32": {
-        "default": {32: Config(32, 64, 64, 4, 3), 128: Config(32, 32, 32, 4, 1)},
-        "sm_86": {32: Config(32, 64, 64, 4, 3), 64: Config(32, 32, 64, 4, 1), 128: Config(32, 32, 32, 4, 1)},
-        "gfx942": {32: Config(32, 64, 64, 4, 2), 128: Config(32, 32, 64, 4, 1)},
-    },
-    "down fp32": {
-        "default": {32: Config(32, 64, 64, 4, 3), 128: Config(32, 32, 32, 4, 2)},
-        "gfx942": {32: Config(32, 64, 64, 4, 2), 128: Config(32, 32, 64, 4, 1)},
-    },
-    # The same, contiguous along the rows: the reduction runs down the columns of the stored matrix.
-    "columns": {
-        "default": {32: Config(64, 0, 64, 4, 3), 128: Config(64, 0, 64, 4, 2)},
-        "sm_86": {32: Config(64, 0, 64, 4, 3), 128: Config(64, 0, 64, 8, 2)},
-        "sm_120": {32: Config(64, 0, 64, 4, 3), 128: Config(64, 0, 64, 8, 2)},
-        "gfx942": {32: Config(64, 0, 64, 4, 2), 128: Config(64, 0, 32, 4, 1)},
-    },
-    "columns fp32": {
-        "default": {32: Config(64, 0, 32, 4, 3), 128: Config(32, 0, 32, 4, 2)},
-        "sm_120": {32: Config(64, 0, 32, 8, 3), 128: Config(32, 0, 32, 4, 2)},
-        "gfx942": {32: Config(64, 0, 32, 4, 2), 128: Config(64, 0, 32, 4, 1)},
-    },
-    # Tiles of 32 rows take mma.sync: wgmma would be serialised by the mask (C7515).
-    "columns dropout": {
-        "default": {32: Config(32, 0, 64, 4, 3), 128: Config(32, 0, 64, 4, 2)},
-        "gfx942": {32: Config(32, 0, 64, 4, 2), 128: Config(32, 0, 64, 4, 1)},
-    },
-    "columns dropout fp32": {
-        "default": {32: Config(32, 0, 32, 4, 3), 64: Config(32, 0, 32, 4, 1), 128: Config(32, 0, 32, 4, 2)},
-        "gfx942": {32: Config(64, 0, 32, 4, 2), 128: Config(64, 0, 32, 4, 1)},
-    },
-    # dS and dU from tiles of block_n columns of dy, block_m rows at a time.
-    "up_backward": {
-        "sm_80": {32: Config(64, 256, 0, 8, 3), 64: Config(64, 128, 0, 8, 3), 128: Config(64, 64, 0, 8, 3)},
-        "default": {
-            32: Config(32, 256, 0, 4, 2),
-            64: Config(32, 128, 0, 4, 2),
-            128: Config(64, 64, 0, 8, 2),
-        },
-        "sm_90": {16: Config(64, 512, 0, 8, 3), 64: Config(64, 256, 0, 8, 3), 128: Config(64, 128, 0, 8, 3)},
-        "sm_100": {16: Config(64, 512, 0, 8, 3), 64: Config(64, 256, 0, 8, 3), 128: Config(64, 128, 0, 8, 3)},
-        "gfx942": {
-            16: Config(64, 256, 0, 4, 1),
-            32: Config(64, 256, 0, 8, 1),
-            64: Config(64, 128, 0, 8, 1),
-            128: Config(64, 64, 0, 8, 1),
-        },
-    },
-    "up_backward fp32": {
-        "default": {16: Config(32, 128, 0, 8, 2), 64: Config(32, 32, 0, 4, 2), 128: Config(32, 32, 0, 4, 1)},
-        "sm_100": {16: Config(32, 128, 0, 8, 2), 64: Config(32, 32, 0, 4, 2), 128: Config(32, 64, 0, 8, 1)},
-        "sm_120": {16: Config(32, 64, 0, 4, 2), 64: Config(32, 32, 0, 4, 2), 128: Config(32, 32, 0, 4, 1)},
-        "gfx942": {16: Config(32, 128, 0, 8, 1), 128: Config(64, 32, 0, 4, 1)},
-    },
-    # dS from its partial sums, with tiles of block_n columns of a product of dS that follows.
-    "finish": {
-        "default": {32: Config(32, 128, 0, 4, 1), 128: Config(32, 64, 0, 4, 1)},
-        "sm_120": {128: Config(32, 64, 0, 4, 1)},
-        "gfx942": {32: Config(32, 128, 0, 4, 1), 128: Config(16, 64, 0, 4, 1)},
-    },
-    "finish fp32": {
-        "default": {32: Config(16, 64, 0, 4, 1), 128: Config(32, 32, 0, 4, 1)},
-        "sm_100": {128: Config(16, 64, 0, 4, 1)},
-    },
-    # W + s·U·Dᵀ: tile [block_m, block_n] of W. Two to eight blocks a multiprocessor keep reads of W under way.
-    "merge": {
-        "default": {32: Config(64, 64, 0, 4, 1), 128: Config(32, 64, 0, 4, 1)},
-        "sm_90": {128: Config(64, 64, 0, 4, 1)},
-        "sm_100": {128: Config(64, 64, 0, 4, 1)},
-        "gfx942": {128: Config(64, 64, 0, 4, 1)},
-    },
-    # g and its backward on [block_m, r] tiles.
-    "chain": {
-        "default": {16: Config(64, 0, 0, 4, 1), 32: Config(32, 0, 0, 4, 1), 128: Config(16, 0, 0, 8, 1)},
-    },
-}
-
 
 # Small, so that a test of few elements has several tiles; one process interprets them one after the other.
 _INTERPRETED = Config(32, 32, 64, 4, 1)
@@ -223,12 +76,12 @@ def target(device: Place) -> Target:
 
 def tables() -> tuple[str, ...]:
     """The names of all tables: of a stage, and of one for each kind of operands that has its own."""
-    return tuple(_CONFIGS)
+    return tuple(CONFIGS)
 
 
 def table_name(stage: str, itemsize: int) -> str:
     """The name of the table that a stage takes for operands of `itemsize` bytes."""
-    return f"{stage} fp32" if itemsize == 4 and f"{stage} fp32" in _CONFIGS else stage
+    return f"{stage} fp32" if itemsize == 4 and f"{stage} fp32" in CONFIGS else stage
 
 
 def config(stage: str, device: Place, r: int, itemsize: int) -> Config:
@@ -245,7 +98,7 @@ def config(stage: str, device: Place, r: int, itemsize: int) -> Config:
             return found
     if arch == "interpreter":
         return _INTERPRETED
-    by_arch = _CONFIGS[table]
+    by_arch = CONFIGS[table]
     by_rank = by_arch.get(arch, by_arch["default"])
     return next(chosen for largest, chosen in by_rank.items() if block_r(r) <= largest)
 
@@ -266,9 +119,9 @@ def measured_entries(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: the file does not hold what it must.
     """
-    entries = measured.read(path, _CONFIGS, {*_ARCHS.values(), "gfx942"})
+    entries = measured.read(path, CONFIGS, {*_ARCHS.values(), "gfx942"})
     for entry in entries:
-        some = next(iter(_CONFIGS[entry["stage"]]["default"].values()))
+        some = next(iter(CONFIGS[entry["stage"]]["default"].values()))
         unlike = [name for name in ("block_m", "block_n", "block_k")
                   if (entry["config"][name] == 0) != (getattr(some, name) == 0)]  # fmt: skip
         if unlike:

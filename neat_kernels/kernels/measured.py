@@ -5,7 +5,7 @@
                                     "persistent": true},
                          "source": {"command": "…", "commit": "…", "date": "…", "versions": {"torch": "…"}}}]}
 
-`device` is the name that the driver reports, `stage` a table of launch.py, `block_r` the columns of an r-wide tile. An
+`device` is the name that the driver reports, `stage` a table of configs.py, `block_r` the columns of an r-wide tile. An
 entry holds for its own device alone: another product of a family has other limits.
 """
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from neat_kernels.kernels import launch
 from neat_kernels.kernels.branch import columns
+from neat_kernels.kernels.configs import Config
 from neat_kernels.model.features import precision_unit
 from neat_kernels.model.gemm import triton_efficiency
 from neat_kernels.model.work import HALF, Layer, Work, present
@@ -66,7 +67,7 @@ class Tokens:
         """Bytes of the bias, None without one."""
         return self.layer.out_features * self.layer.itemsize if self.layer.bias else None
 
-    def config(self, stage: str) -> launch.Config:
+    def config(self, stage: str) -> Config:
         """The configuration of a stage of the branch."""
         return launch.config(stage, self.target, self.layer.r, self.layer.itemsize)
 

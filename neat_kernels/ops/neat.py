@@ -15,6 +15,7 @@ from torch import Tensor
 from neat_kernels.ops.features import fake_features, fake_features_backward
 from neat_kernels.ops.low_rank import cast_tokens, fake_tokens
 from neat_kernels.ops.register import implementation, refuse_trainable_weight, register
+from neat_kernels.plan import is_small_batch
 from neat_kernels.torch_backend.low_rank import Branch, Needs
 
 
@@ -39,6 +40,9 @@ def _neat_linear(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     branch = Branch(scaling, dropout, compute_dtype, backend)
+    if is_small_batch(backend, x, A.shape[0]):
+        small = implementation("small_batch", backend)
+        return small.forward(x, weight, bias, A, B, chain, seed, orientation, activation, branch)
     H, Z = implementation("features", backend).forward(weight, A, chain, orientation, activation)
     D, U = _arrange(orientation, H, B)
     y, S = implementation("low_rank", backend).forward(x, weight, bias, D, U, seed, branch)
@@ -86,6 +90,10 @@ def _neat_linear_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     branch = Branch(scaling, dropout, compute_dtype, backend)
+    if need_dx and dA_dtype is not None and Z is not None and is_small_batch(backend, dy, Z.shape[1]):
+        small = implementation("small_batch", backend)
+        dtypes = dA_dtype, dB_dtype, need_dchain, dbias_dtype
+        return small.backward(dy, x, weight, B, chain, S, H, Z, seed, orientation, activation, branch, *dtypes)
     through_features = dA_dtype is not None or need_dchain
     D, U = _arrange(orientation, H, B)
     of_factors = _arrange(orientation, Z.dtype if through_features and Z is not None else None, dB_dtype)

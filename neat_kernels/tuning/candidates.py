@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from neat_kernels.kernels.launch import Config
+from neat_kernels.kernels.configs import Config
 
 # The numbers that a stage's configuration may differ in.
 AXES = {

@@ -16,6 +16,7 @@ from neat_kernels.environment import versions
 from neat_kernels.finetune.files import write_atomically
 from neat_kernels.finetune.settings import UsageError
 from neat_kernels.kernels import launch, measured
+from neat_kernels.kernels.configs import Config
 from neat_kernels.model import measured as measured_plans
 
 _DATE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00")
@@ -107,7 +108,7 @@ class Folder:
         """The plans so far."""
         return measured_plans.entries(self.plans)
 
-    def add_config(self, key: measured.Key, config: launch.Config, origin: Source) -> None:
+    def add_config(self, key: measured.Key, config: Config, origin: Source) -> None:
         """Write a configuration; it takes the place of another with its key, all other entries stay."""
         kept = [entry for entry in self.config_entries() if measured.key_of(entry) != key]
         kept.append({**key._asdict(), "config": config._asdict(), "source": origin._asdict()})

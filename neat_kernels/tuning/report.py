@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from neat_kernels.kernels.launch import Config, Target
+from neat_kernels.kernels.configs import Config
+from neat_kernels.kernels.launch import Target
 from neat_kernels.tuning.command import Item, Request
 
 if TYPE_CHECKING:

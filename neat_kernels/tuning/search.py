@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from neat_kernels.kernels import launch
-from neat_kernels.kernels.launch import Config
+from neat_kernels.kernels.configs import Config
 from neat_kernels.kernels.measured import Key
 from neat_kernels.tuning.timing import Prepare, Problem, is_faster
 

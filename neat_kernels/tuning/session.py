@@ -13,6 +13,7 @@ from rich.console import Console
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from neat_kernels.kernels import launch, measured
+from neat_kernels.kernels.configs import Config
 from neat_kernels.tuning import TuningError, plans, problems
 from neat_kernels.tuning.candidates import candidates
 from neat_kernels.tuning.command import Item, Request, items
@@ -83,7 +84,7 @@ class Session:
         """Launches take what the folder says, wherever it is; afterwards they read their own file again."""
         by_key = launch.measured_configs()
         entries = self._folder.config_entries()
-        by_key.update((measured.key_of(entry), launch.Config(**entry["config"])) for entry in entries)
+        by_key.update((measured.key_of(entry), Config(**entry["config"])) for entry in entries)
         try:
             yield
         finally:

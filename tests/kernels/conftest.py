@@ -30,6 +30,13 @@ def device():
 
 
 @pytest.fixture(autouse=True)
+def _no_small_batch(monkeypatch):
+    """Few tokens, which most tests have, show the stages of many; use_plan("small") shows those of few."""
+    if harness.RUNS:
+        monkeypatch.setattr("neat_kernels.plan.SMALL_BATCH", 0)
+
+
+@pytest.fixture(autouse=True)
 def _addresses():
     """No interpreted kernel of any test leaves the elements of its arguments, or has its programs race."""
     if not harness.INTERPRETED:

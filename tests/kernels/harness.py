@@ -43,7 +43,13 @@ def check(case: Case, *, frozen: Iterable[str] = (), plan: str = "fused", **more
 
 
 def use_plan(monkeypatch: pytest.MonkeyPatch, plan: str) -> None:
-    """Run both base GEMMs by `plan`, whatever the shape; fp32 on a GPU has cuBLAS alone."""
+    """Run both base GEMMs by `plan`, whatever the shape; fp32 on a GPU has cuBLAS alone.
+
+    "small" is the plan of a small batch, without which no number of tokens is small (see conftest.py).
+    """
+    if plan == "small":
+        monkeypatch.setattr("neat_kernels.plan.SMALL_BATCH", 128)
+        return
 
     def choose(device: torch.device, dtype: torch.dtype, length: int) -> str:
         return plan if launch.target(device).arch == "interpreter" or dtype in HALF_DTYPES else "cublas"

@@ -5,8 +5,9 @@ import torch
 from harness import check, draw, interpreter_only, use_plan, use_seed
 
 from neat_kernels.kernels import launch
+from neat_kernels.kernels.configs import CONFIGS
 
-ARCHS = sorted({arch for by_arch in launch._CONFIGS.values() for arch in by_arch} - {"default", "interpreter"})
+ARCHS = sorted({arch for by_arch in CONFIGS.values() for arch in by_arch} - {"default", "interpreter"})
 HALF, SINGLE = torch.bfloat16, torch.float32
 CPU = torch.device("cpu")
 
@@ -15,7 +16,7 @@ def tiles(arch):
     """What the interpreter sees of an arch: neither warps nor stages."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "target", lambda device: launch.Target(arch, 132))
-        configs = [launch.config(stage, CPU, r, 2)[:3] for stage in launch._CONFIGS for r in (16, 32, 64, 128)]
+        configs = [launch.config(stage, CPU, r, 2)[:3] for stage in CONFIGS for r in (16, 32, 64, 128)]
         return (*configs, launch.low_rank_first(CPU), launch.has_descriptors(CPU))
 
 
@@ -60,7 +61,7 @@ def test_tiles_under_dropout(arch, plan, shape, dtype, monkeypatch):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_stage_has_tiles_that_tl_dot_takes(arch, monkeypatch):
     pretend(monkeypatch, arch)
-    for stage in launch._CONFIGS:
+    for stage in CONFIGS:
         for r in (1, 32, 33, 64, 128):
             for itemsize in (2, 4):
                 config = launch.config(stage, CPU, r, itemsize)

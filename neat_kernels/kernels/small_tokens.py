@@ -1,0 +1,185 @@
+"""The token side of a small batch beside its reads of W: S = x̃·D in partial sums, and the end of y and of dx.
+
+down_partial: shares of S [shares,M,r] fp32, one piece of K each, so that few tokens fill a device. Reads x once.
+finish_tokens: C = ΣP + scaling·(S·Qᵀ) ∘ mask + bias [M,N] from P [pieces,M,N]; Q = U and C = y, or S = dS, Q = D and
+C = dx. Reads every P once, S or its shares once for each block of C's columns, and writes C once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from neat_kernels.kernels import launch
+from neat_kernels.kernels.bound import run
+from neat_kernels.kernels.dropout import kept
+from neat_kernels.kernels.reduce import block_pieces, ordered_sum
+from neat_kernels.kernels.skinny import tall_times_narrow
+from neat_kernels.kernels.tiles import add_bias, narrow_tile, store_tile
+from neat_kernels.torch_backend.dropout import threshold
+
+
+@triton.jit(do_not_specialize=["M", "threshold"])
+def _down_partial_kernel(
+    x_ptr,
+    d_ptr,
+    s_ptr,
+    seed_ptr,
+    M,
+    K,
+    steps,
+    stride_xm,
+    stride_xk,
+    stride_dk,
+    stride_dr,
+    threshold,
+    inv_keep,
+    R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    piece = tl.program_id(1)
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    s = tall_times_narrow(
+        x_ptr, d_ptr, None, seed_ptr, offs_m, M, K, piece, steps, stride_xm, stride_xk, stride_dk, stride_dr, K, 1,
+        threshold, R, BLOCK_K, BLOCK_R, COMPUTE, None, DROPOUT, PRECISION,
+    )  # [BLOCK_M, BLOCK_R]  # fmt: skip
+    if DROPOUT:
+        s = s * inv_keep
+    offs, mask = narrow_tile(offs_m, M, R, BLOCK_R)
+    tl.store(s_ptr + tl.cast(piece, tl.int64) * M * R + offs, s, mask=mask)
+
+
+@triton.jit(do_not_specialize=["M", "threshold"])
+def _finish_tokens_kernel(
+    partial_ptr,
+    shares_ptr,
+    s_ptr,
+    q_ptr,
+    bias_ptr,
+    seed_ptr,
+    c_ptr,
+    M,
+    N,
+    pieces,
+    shares,
+    stride_qn,
+    stride_qr,
+    stride_bias,
+    scaling,
+    threshold,
+    R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_PIECES: tl.constexpr,
+    BLOCK_SHARES: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n, offs_r = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
+    wide_n, mask_n = offs_n.to(tl.int64), offs_n < N
+    c: tl.constexpr = s_ptr.dtype.element_ty
+    offs_s, mask_s = narrow_tile(offs_m, M, R, BLOCK_R)
+    if shares_ptr is not None:
+        s = ordered_sum(shares_ptr, offs_s, mask_s, tl.cast(M, tl.int64) * R, shares, BLOCK_SHARES).to(c)
+        if tl.program_id(1) == 0:
+            tl.store(s_ptr + offs_s, s, mask=mask_s)
+    else:
+        s = tl.load(s_ptr + offs_s, mask=mask_s, other=0.0)  # [BLOCK_M, BLOCK_R]
+    q_ptrs = q_ptr + wide_n[None, :] * stride_qn + offs_r[:, None] * stride_qr
+    q = tl.load(q_ptrs, mask=(offs_r < R)[:, None] & mask_n[None, :], other=0.0)  # [BLOCK_R, BLOCK_N]
+    acc = tl.dot(s, q.to(c), input_precision=PRECISION) * scaling  # [BLOCK_M, BLOCK_N]
+    offs = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
+    if DROPOUT:
+        acc = kept(acc, seed_ptr, offs, threshold)
+    mask = (offs_m < M)[:, None] & mask_n[None, :]
+    acc += ordered_sum(partial_ptr, offs, mask, tl.cast(M, tl.int64) * N, pieces, BLOCK_PIECES)
+    if bias_ptr is not None:
+        acc = add_bias(acc, bias_ptr, stride_bias, offs_n, N)
+    store_tile(c_ptr, acc, offs_m, offs_n, M, N)
+
+
+def down_partial(x: Tensor, D: Tensor, seed: Tensor | None, dropout: float, dtype: torch.dtype) -> Tensor:
+    """Shares of S = x̃·D [shares,M,r] fp32, from operands rounded to `dtype`."""
+    (M, K), r = x.shape, D.shape[1]
+    config = launch.config("down" if seed is None else "down dropout", x.device, r, dtype.itemsize)
+    blocks = launch.cdiv(M, config.block_m)
+    shares, steps = launch.split(blocks, K, config.block_k, x.device)
+    S = x.new_empty((shares, M, r), dtype=torch.float32)
+    run(
+        _down_partial_kernel,
+        (blocks, shares),
+        x,
+        D,
+        S,
+        seed,
+        M,
+        K,
+        steps,
+        *x.stride(),
+        *D.stride(),
+        threshold(dropout),
+        1.0 / (1.0 - dropout),
+        R=r,
+        BLOCK_M=config.block_m,
+        BLOCK_K=config.block_k,
+        BLOCK_R=launch.block_r(r),
+        COMPUTE=launch.TRITON_DTYPES[dtype],
+        DROPOUT=seed is not None,
+        PRECISION=launch.branch_precision(x.device),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return S
+
+
+def finish_tokens(
+    P: Tensor,
+    S: Tensor,
+    shares: Tensor | None,
+    Q: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dtype: torch.dtype,
+    seed: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """C [M,N] in `dtype`, contiguous; S [M,r] contiguous is written from its shares, if there are any, else read."""
+    (pieces, M, N), r = P.shape, S.shape[1]
+    config = launch.config("small_finish", P.device, r, S.element_size())
+    C = P.new_empty((M, N), dtype=dtype)
+    run(
+        _finish_tokens_kernel,
+        (launch.cdiv(M, config.block_m), launch.cdiv(N, config.block_n)),
+        P,
+        shares,
+        S,
+        Q,
+        bias,
+        seed,
+        C,
+        M,
+        N,
+        pieces,
+        0 if shares is None else shares.shape[0],
+        *Q.stride(),
+        1 if bias is None else bias.stride(0),
+        scaling if seed is None else scaling / (1.0 - dropout),
+        threshold(dropout),
+        R=r,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_R=launch.block_r(r),
+        BLOCK_PIECES=block_pieces(config.block_m * config.block_n),
+        BLOCK_SHARES=block_pieces(config.block_m * launch.block_r(r)),
+        DROPOUT=seed is not None,
+        PRECISION=launch.branch_precision(P.device),
+        num_warps=config.num_warps,
+    )
+    return C
