@@ -17,8 +17,9 @@ MAX_R = 128
 # Longest reduction for which the fused GEMM is chosen on a device that was not measured and that the cost model does
 # not know.
 FUSED_UP_TO = 2048
-# Tokens and rank up to which one read of W each way serves both sides; a rule, since no device was measured.
-SMALL_BATCH = 128
+# Tokens and rank, and the rank alone, up to which one read of W each way serves both sides. A rule, since no device was
+# measured; the rank is as large as registers allow (python -m benchmarks.gate).
+SMALL_BATCH, SMALL_BATCH_R = 128, 64
 _LOWEST_CAPABILITY = (8, 0)
 _AMD_ARCHS = ("gfx942",)
 
@@ -168,7 +169,7 @@ def is_small_batch(backend: str, x: torch.Tensor, r: int) -> bool:
     """
     tokens = x.shape[0]
     multiplies = x.dtype in HALF_DTYPES or x.device.type == "cpu"
-    return backend != "torch" and multiplies and 0 < tokens <= SMALL_BATCH - r
+    return backend != "torch" and multiplies and r <= SMALL_BATCH_R and 0 < tokens <= SMALL_BATCH - r
 
 
 def token_backend(backend: str, device: torch.device, dtype: torch.dtype, in_features: int, out_features: int) -> str:

@@ -10,17 +10,21 @@ import torch
 from benchmarks.gate.case import Case
 from benchmarks.gate.fake_driver import Launch
 from benchmarks.gate.rules import Expectations
-from neat_kernels.kernels import features
+from neat_kernels.kernels import features, small_batch
 from neat_kernels.kernels.apply import apply
 from neat_kernels.kernels.branch import Product
 from neat_kernels.kernels.dgrad import dgrad
 from neat_kernels.kernels.down import down
 from neat_kernels.kernels.down_backward import down_backward
 from neat_kernels.kernels.merge import merge
+from neat_kernels.kernels.small_tokens import down_partial, finish_tokens
 from neat_kernels.kernels.up_backward import up_backward
+from neat_kernels.plan import SMALL_BATCH
+from neat_kernels.torch_backend.low_rank import Branch
 
 _M, _N, _K = 2048, 4096, 4096
 _RANKS = (4, 16, 64, 128)
+_SMALL_RANKS = (16, 32, 64)
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -47,6 +51,23 @@ def _cases() -> Iterator[Case]:
             yield Case(f"features depth 1 {name} r={r}", functools.partial(features, depth=1))
             yield Case(f"features depth 2 {name} r={r}", functools.partial(features, depth=2))
             yield Case(f"features in depth 2 {name} r={r}", functools.partial(features, orientation="in", depth=2))
+    yield from _small_cases()
+
+
+def _small_cases() -> Iterator[Case]:
+    """Every width of the tiles of tokens and of the rank, in the half types that have a small batch on a GPU."""
+    for name, ranks in (("bf16", _SMALL_RANKS), ("fp16", _SMALL_RANKS[:1])):
+        for r in ranks:
+            quick = name == "bf16" and r == _RANKS[1]
+            small, beside = (functools.partial(case, _DTYPES[name], r) for case in (_small, _small_tokens))
+            yield Case(f"small batch {name} r={r}", small, quick)
+            if name == "fp16":
+                continue
+            yield Case(f"small batch all {name} r={r}", functools.partial(small, adapter_dtype=_DTYPES[name]))
+            yield Case(f"small batch dropout {name} r={r}", functools.partial(beside, dropout=0.1))
+            wide = functools.partial(beside, compute_dtype=torch.float32)
+            yield Case(f"small batch fp32 branch {name} r={r}", wide)
+            yield Case(f"small batch dropout fp32 branch {name} r={r}", functools.partial(wide, dropout=0.1))
 
 
 def _token(dtype: torch.dtype, r: int, dropout: float = 0.0, compute_dtype: torch.dtype | None = None) -> None:
@@ -83,6 +104,30 @@ def _features(
     chain = torch.empty(2 * depth, r, r) if depth else None
     H, Z = features.forward(W, A, chain, orientation, "sin2pi")
     features.backward(H, W, Z, chain, orientation, "sin2pi", torch.float32, chain is not None)
+
+
+def _small(dtype: torch.dtype, r: int, adapter_dtype: torch.dtype = torch.float32) -> None:
+    """Both orientations, for few tokens and for all that r leaves room for."""
+    W, bias = torch.empty(_N, _K, dtype=dtype), torch.empty(_N, dtype=dtype)
+    branch = Branch(0.5, 0.0, None)
+    for tokens in (16, 32, SMALL_BATCH - r):
+        x, dy = torch.empty(tokens, _K, dtype=dtype), torch.empty(tokens, _N, dtype=dtype)
+        for orientation, columns in (("out", _N), ("in", _K)):
+            A, B = torch.empty(r, columns, dtype=adapter_dtype), torch.empty(columns, r, dtype=adapter_dtype)
+            network = (None, None, orientation, "sin2pi", branch)
+            _, S, H, Z = small_batch.forward(x, W, bias, A, B, *network)
+            dtypes = (adapter_dtype, adapter_dtype, False, None)
+            small_batch.backward(dy, x, W, B, None, S, H, Z, *network[1:], *dtypes)
+
+
+def _small_tokens(dtype: torch.dtype, r: int, dropout: float = 0.0, compute_dtype: torch.dtype | None = None) -> None:
+    """What a small batch launches beside its reads of W, as forward and as backward call it."""
+    c = compute_dtype or dtype
+    x, P = torch.empty(16, _K, dtype=dtype), torch.empty(8, 16, _N)
+    D, U, S, bias = torch.empty(_K, r), torch.empty(_N, r), torch.empty(16, r, dtype=c), torch.empty(_N, dtype=dtype)
+    seed = torch.zeros(1, dtype=torch.int64) if dropout else None
+    finish_tokens(P, S, down_partial(x, D, seed, dropout, c), U, bias, 0.5, dtype)
+    finish_tokens(P, S, None, U, None, 1.0, dtype, seed, dropout)
 
 
 def _merge(dtype: torch.dtype, r: int, stochastic: bool = False) -> None:
@@ -195,6 +240,27 @@ def _merged(launch: Launch) -> Expectations:
     return Expectations(mma, {**_reads("w_ptr"), **_stored_tile(launch, "out_ptr")}, blocks_per_multiprocessor=2)
 
 
+def _stacked(launch: Launch) -> Expectations:
+    rows = launch.arguments["BLOCK_M"]
+    tokens, narrow = (_matrix(launch, words, rows) for words in (_words(launch, "t_ptr"), _compute_words(launch)))
+    return Expectations(_both(tokens, narrow), _reads("v_ptr"))
+
+
+def _crossed(launch: Launch) -> Expectations:
+    """P accumulates in BLOCK_M rows, the narrow product in BLOCK_L."""
+    tokens = _matrix(launch, _words(launch, "t_ptr"), launch.arguments["BLOCK_M"])
+    narrow = _matrix(launch, _compute_words(launch), launch.arguments["BLOCK_L"])
+    return Expectations(_both(tokens, narrow), _reads("v_ptr"))
+
+
+def _down_partial(launch: Launch) -> Expectations:
+    return Expectations(_matrix(launch, _compute_words(launch), launch.arguments["BLOCK_M"]), _reads("x_ptr"))
+
+
+def _finish_tokens(launch: Launch) -> Expectations:
+    return Expectations(_matrix(launch, _words(launch, "s_ptr"), launch.arguments["BLOCK_M"]), _reads("partial_ptr"))
+
+
 def _sum(launch: Launch) -> Expectations:
     return Expectations()
 
@@ -212,6 +278,10 @@ MEANT: dict[str, Callable[[Launch], Expectations]] = {
     "features_backward._weight_kernel": _weight,
     "features_backward._chain_backward_kernel": _chain_backward,
     "merge._merge_kernel": _merged,
+    "small_reads._stacked_kernel": _stacked,
+    "small_reads._crossed_kernel": _crossed,
+    "small_tokens._down_partial_kernel": _down_partial,
+    "small_tokens._finish_tokens_kernel": _finish_tokens,
 }
 
 CASES = list(_cases())

@@ -137,12 +137,20 @@ CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
         "default": {32: Config(16, 64, 0, 4, 1), 128: Config(32, 32, 0, 4, 1)},
         "sm_100": {128: Config(16, 64, 0, 4, 1)},
     },
-    # Both products of a small batch: tile [block_m, block_k] of W or Wᵀ, by the wider of tokens and rank.
-    "small_batch": {
-        "default": {32: Config(128, 0, 64, 8, 3), 128: Config(64, 0, 64, 4, 2)},
+    # Both products of one read of W: tile [block_m, block_k] of V, by the wider of tokens and rank.
+    "stacked": {
+        "default": {32: Config(64, 0, 64, 4, 3), 128: Config(64, 0, 64, 4, 2)},
     },
-    "small_batch fp32": {
-        "default": {32: Config(128, 0, 32, 8, 3), 128: Config(64, 0, 32, 4, 2)},
+    "stacked fp32": {
+        "default": {32: Config(64, 0, 64, 4, 3), 128: Config(64, 0, 32, 4, 2)},
+    },
+    "crossed": {
+        "default": {32: Config(32, 0, 256, 4, 2), 64: Config(32, 0, 128, 4, 2), 128: Config(64, 0, 64, 8, 2)},
+        "sm_90": {16: Config(64, 0, 512, 8, 3), 128: Config(64, 0, 256, 8, 3)},
+    },
+    "crossed fp32": {
+        "default": {128: Config(32, 0, 128, 8, 2)},
+        "sm_90": {32: Config(32, 0, 256, 8, 2), 128: Config(32, 0, 128, 8, 2)},
     },
     # y and dx of a small batch from their partial sums: tile [block_m, block_n].
     "small_finish": {

@@ -1,173 +1,24 @@
-"""A layer under few tokens, where reading W is what takes the time: one read of it each way serves both sides.
+"""A layer under few tokens, where the time is that of reading W: one read of it each way serves both sides.
 
-forward: x·Wᵀ and Z        backward: dy·W and dA        W [N,K], x [M,K], dy [M,N], M + r up to 128
+forward: x·Wᵀ and Z, then g, S and y        backward: dS and dU, dD, then dy·W and dA, then dx
 
-Both are P = T·Vᵀ and a product with a narrow F, for V [rows,length] = W (forward) or Wᵀ (backward) and T = x or dy:
-V·F [rows,r] with F [length,r] = Aᵀ or dZ (in), Vᵀ·F [length,r] with F [rows,r] = Aᵀ or dZ (out).
-Partial sums in fp32, added in order by small_tokens.py, features.py and reduce.py: P [pieces,M,rows],
-V·F [pieces,rows,r], Vᵀ·F [blocks,length,r]. Reads W once; the last of the partial sums is 2r / BLOCK_M of its bytes.
+out: V = W has P = x·Wᵀ and Z = Vᵀ·Aᵀ crossed, V = Wᵀ has P = dy·W and dA = (Vᵀ·dZ)ᵀ; in: the same, stacked
+The stages, one launch each: small_reads.py reads W, features.py and reduce.py add the partial sums of Z and dA,
+small_tokens.py those of S, y and dx; the rest is that of any batch.
 """
 
-from typing import NamedTuple
-
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from neat_kernels.kernels import launch
-from neat_kernels.kernels.activations import act_backward
-from neat_kernels.kernels.bound import run
 from neat_kernels.kernels.down_backward import down_backward
 from neat_kernels.kernels.features import feature_dtype, finish_features
 from neat_kernels.kernels.features_backward import through_chain
 from neat_kernels.kernels.reduce import reduce
+from neat_kernels.kernels.small_reads import Operands, read_once
 from neat_kernels.kernels.small_tokens import down_partial, finish_tokens
 from neat_kernels.kernels.up_backward import up_backward
 from neat_kernels.torch_backend.low_rank import Branch
-
-
-@triton.jit
-def _narrow(f_ptr, z_ptr, wide, inside, stride_f, stride_fr, R: tl.constexpr, BLOCK_R: tl.constexpr, ACT: tl.constexpr):
-    """F[wide, :r] [len(wide), BLOCK_R], zero beyond r; times σ'(Z), Z contiguous, if ACT is not None."""
-    offs_r = tl.arange(0, BLOCK_R)
-    mask = inside[:, None] & (offs_r < R)[None, :]
-    f = tl.load(f_ptr + wide[:, None] * stride_f + offs_r[None, :] * stride_fr, mask=mask, other=0.0)
-    if ACT is not None:
-        z = tl.load(z_ptr + wide[:, None] * R + offs_r[None, :], mask=mask, other=0.0)
-        f = act_backward(f.to(tl.float32), z, ACT)
-    return f
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def _small_batch_kernel(
-    v_ptr,
-    t_ptr,
-    f_ptr,
-    z_ptr,
-    p_ptr,
-    q_ptr,
-    rows,
-    length,
-    tokens,
-    steps,
-    stride_vm,
-    stride_vl,
-    stride_tm,
-    stride_tl,
-    stride_f,
-    stride_fr,
-    stride_q,
-    stride_qr,
-    R: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    CROSSED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    pid, piece = tl.program_id(0), tl.program_id(1)
-    offs_m, offs_t, offs_r = pid * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_R)
-    wide_m, mask_m, mask_t, mask_r = offs_m.to(tl.int64), offs_m < rows, offs_t < tokens, offs_r < R
-    c: tl.constexpr = t_ptr.dtype.element_ty
-    first = piece * steps * BLOCK_L
-    last = tl.minimum(first + steps * BLOCK_L, length)
-    p = tl.zeros((BLOCK_M, BLOCK_T), tl.float32)
-    if CROSSED:
-        f = _narrow(f_ptr, z_ptr, wide_m, mask_m, stride_f, stride_fr, R, BLOCK_R, ACTIVATION).to(COMPUTE)
-        plane = tl.cast(length, tl.int64) * R
-    else:
-        q = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-        plane = tl.cast(rows, tl.int64) * R
-    for start in range(first, last, BLOCK_L):
-        wide_l = (start + tl.arange(0, BLOCK_L)).to(tl.int64)
-        mask_l = wide_l < last
-        v_ptrs = v_ptr + wide_m[:, None] * stride_vm + wide_l[None, :] * stride_vl
-        v = tl.load(v_ptrs, mask=mask_m[:, None] & mask_l[None, :], other=0.0)  # [BLOCK_M, BLOCK_L]
-        t_ptrs = t_ptr + wide_l[:, None] * stride_tl + offs_t.to(tl.int64)[None, :] * stride_tm
-        t = tl.load(t_ptrs, mask=mask_l[:, None] & mask_t[None, :], other=0.0)  # [BLOCK_L, BLOCK_T]
-        p = tl.dot(v.to(c), t, p, input_precision="ieee")
-        if CROSSED:
-            part = tl.dot(tl.trans(v).to(COMPUTE), f, input_precision=PRECISION)  # [BLOCK_L, BLOCK_R]
-            q_ptrs = q_ptr + pid * plane + wide_l[:, None] * stride_q + offs_r[None, :] * stride_qr
-            tl.store(q_ptrs, part, mask=mask_l[:, None] & mask_r[None, :])
-        else:
-            f = _narrow(f_ptr, z_ptr, wide_l, mask_l, stride_f, stride_fr, R, BLOCK_R, ACTIVATION)
-            q = tl.dot(v.to(COMPUTE), f.to(COMPUTE), q, input_precision=PRECISION)
-    p_ptrs = p_ptr + (tl.cast(piece, tl.int64) * tokens + offs_t[None, :]) * rows + wide_m[:, None]
-    tl.store(p_ptrs, p, mask=mask_m[:, None] & mask_t[None, :])
-    if not CROSSED:
-        q_ptrs = q_ptr + piece * plane + wide_m[:, None] * stride_q + offs_r[None, :] * stride_qr
-        tl.store(q_ptrs, q, mask=mask_m[:, None] & mask_r[None, :])
-
-
-class Operands(NamedTuple):
-    """What reads of W are shared by: V [rows,length] and T [M,length] of P = T·Vᵀ, F of the narrow product.
-
-    Fields:
-        V: W or Wᵀ.
-        T: x or dy, in the dtype in which it is multiplied.
-        F: [rows,r] if crossed, else [length,r].
-        Z: fp32, F's shape, contiguous, where F is dH and misses σ'(Z).
-        activation: σ, or None where Z is.
-        compute: in which V and F are multiplied.
-        crossed: whether the narrow product is Vᵀ·F, else V·F.
-    """
-
-    V: Tensor
-    T: Tensor
-    F: Tensor
-    Z: Tensor | None
-    activation: str | None
-    compute: torch.dtype
-    crossed: bool
-
-
-def read_once(given: Operands, transposed: bool) -> tuple[Tensor, Tensor]:
-    """Partial sums of P [pieces,M,rows] and of the narrow product [pieces,·,r], or [pieces,r,·] if transposed."""
-    V, T, F, Z, activation, compute, crossed = given
-    (rows, length), M, r = V.shape, T.shape[0], F.shape[1]
-    block_t = launch.block_r(M)
-    config = launch.config("small_batch", V.device, max(block_t, r), compute.itemsize)
-    blocks = launch.cdiv(rows, config.block_m)
-    pieces, steps = launch.split(blocks, length, config.block_k, V.device)
-    P = V.new_empty((pieces, M, rows), dtype=torch.float32)
-    narrow_pieces, narrow_rows = (blocks, length) if crossed else (pieces, rows)
-    shape = (r, narrow_rows) if transposed else (narrow_rows, r)
-    Q = V.new_empty((narrow_pieces, *shape), dtype=torch.float32)
-    run(
-        _small_batch_kernel,
-        (blocks, pieces),
-        V,
-        T,
-        F,
-        Z,
-        P,
-        Q,
-        rows,
-        length,
-        M,
-        steps,
-        *V.stride(),
-        *T.stride(),
-        *F.stride(),
-        *((1, narrow_rows) if transposed else (r, 1)),
-        R=r,
-        BLOCK_M=config.block_m,
-        BLOCK_L=config.block_k,
-        BLOCK_T=block_t,
-        BLOCK_R=launch.block_r(r),
-        COMPUTE=launch.TRITON_DTYPES[compute],
-        ACTIVATION=activation,
-        CROSSED=crossed,
-        PRECISION=launch.branch_precision(V.device),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
-    return P, Q
 
 
 def forward(
