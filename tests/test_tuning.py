@@ -41,14 +41,14 @@ def folder(monkeypatch, tmp_path):
     """Where the files are, none at first."""
     monkeypatch.setattr(measured, "PATH", tmp_path / "measured_configs.json")
     monkeypatch.setattr(measured_plans.measured_plan, "__defaults__", (tmp_path / "measured_plans.json",))
-    launch.measured_configs.cache_clear()
+    launch.forget_measured()
     yield tmp_path
-    launch.measured_configs.cache_clear()
+    launch.forget_measured()
 
 
 def write(*entries):
     measured.PATH.write_text(json.dumps({"configurations": entries}))
-    launch.measured_configs.cache_clear()
+    launch.forget_measured()
 
 
 def every_config():
@@ -74,7 +74,7 @@ class TestOverlay:
         before = launch.config("chain", HERE, 16, 4)
         measured.PATH.write_text(json.dumps({"configurations": [entry(block_m=32)]}))
         assert launch.config("chain", HERE, 16, 4) == before
-        launch.measured_configs.cache_clear()
+        launch.forget_measured()
         assert launch.config("chain", HERE, 16, 4).block_m == 32
 
     @pytest.mark.parametrize("entries", [(), (entry(block_m=32),)], ids=["nothing", "something"])
@@ -114,7 +114,7 @@ class TestOverlay:
     )
     def test_a_file_that_is_not_one_is_an_error(self, content, message):
         measured.PATH.write_text(content if isinstance(content, str) else json.dumps({"configurations": content}))
-        launch.measured_configs.cache_clear()
+        launch.forget_measured()
         with pytest.raises(ValueError, match=rf"measured_configs\.json: expected {message}"):
             launch.config("rows", HERE, 16, 2)
 

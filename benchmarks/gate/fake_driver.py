@@ -190,9 +190,10 @@ def _package_configured_for(target: Target) -> Iterator[None]:
     def on(device: torch.device) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
-    with (
-        mock.patch.object(launch, "target", chosen),
-        mock.patch.object(launch, "on", on),
-        mock.patch.dict(bound._COMPILED, clear=True),
-    ):
-        yield
+    bound.forget()
+    try:
+        with mock.patch.object(launch, "target", chosen), mock.patch.object(launch, "on", on):
+            yield
+    finally:
+        # What was prepared holds kernels of this driver, which has none any more.
+        bound.forget()

@@ -1,13 +1,15 @@
-"""Launches of compiled kernels, found again by a shorter way than Triton's own.
+"""Launches prepared once for shapes that were seen before: what is left to do for a call is to pass its tensors.
 
-Triton looks at every argument of a call in Python and in C++ to find what it compiled for arguments like these. What it
-looks at is little: `_kind`. A call whose arguments have been seen launches what the first such call compiled.
+The host code of a stage is in two parts. A function under `prepared` turns shapes, strides and options into a `Bound`
+launch, and is looked up by them; the launcher allocates and passes tensors. Triton looks at every argument of a call in
+Python and in C++ to find what it compiled for arguments like these; of tensors that is no more than `_kind`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import Any
+import functools
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,42 +17,87 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# The compiled kernel and the constants to launch it with, by kernel, device, constants and kinds of arguments.
-_COMPILED: dict[tuple[Hashable, ...], tuple[Any, tuple[Any, ...]]] = {}
 _IS_HIP = torch.version.hip is not None
+_T = TypeVar("_T")
+_PREPARED: list[Any] = []
 
 
-def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """kernel[grid](*arguments, **constants) on the current device and stream.
+def prepared(function: Callable[..., _T]) -> Callable[..., _T]:
+    """`function`, whose last results are kept by its hashable arguments until `forget`.
+
+    1,024 of them: batches of so many sizes, each a few hundred bytes.
+    """
+    cached = functools.lru_cache(maxsize=1024)(function)
+    _PREPARED.append(cached)
+    return cached
+
+
+def forget() -> None:
+    """Prepare everything anew, since something changed that is no argument of what prepares: a launch configuration."""
+    for cached in _PREPARED:
+        cached.cache_clear()
+
+
+class Bound:
+    """kernel[grid](tensors..., numbers..., constants...) on the current device and stream, but for the tensors.
 
     Args:
         kernel: a JIT function; an interpreted one is called as it is.
-        grid: one to three numbers.
-        arguments: those that are not compiled in, in the kernel's order, before all others.
+        grid: one to three numbers; where one is 0, nothing is launched.
+        numbers: the arguments that follow the tensors, and are not compiled in.
         constants: tl.constexpr arguments by name, num_warps and num_stages.
     """
-    if not isinstance(kernel, JITFunction):
-        kernel[grid](*arguments, **constants)
-        return
-    device = driver.active.get_current_device()
-    key = (id(kernel), device, *constants, *constants.values(), *map(_kind, arguments))
-    found = _COMPILED.get(key)
-    if found is None:
-        compiled = kernel[grid](*arguments, **constants)
-        _COMPILED[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
-        return
-    compiled, rest = found
-    compiled[(*grid, 1, 1)[:3]](*arguments, *rest)
+
+    __slots__ = ("_compiled", "_constants", "_grid", "_kernel", "_numbers")
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], numbers: tuple[Any, ...], **constants: Any) -> None:
+        self._kernel, self._grid, self._numbers, self._constants = kernel, grid, numbers, constants
+        # What launches a compiled kernel, with the rest of its arguments, by device and kinds of tensors.
+        self._compiled: dict[tuple[Hashable, ...], tuple[Any, tuple[Any, ...]]] = {}
+
+    def __call__(self, *tensors: Tensor | TensorDescriptor | None) -> None:
+        """Launch with `tensors`, which the kernel has before all other arguments."""
+        if not isinstance(self._kernel, JITFunction):
+            if 0 not in self._grid:
+                self._kernel[self._grid](*tensors, *self._numbers, **self._constants)
+            return
+        key = (driver.active.get_current_device(), *map(_kind, tensors))
+        found = self._compiled.get(key)
+        if found is not None:
+            start, rest = found
+            start(*tensors, *rest)
+        elif 0 not in self._grid:
+            compiled = self._kernel[self._grid](*tensors, *self._numbers, **self._constants)
+            names = self._kernel.arg_names[len(tensors) + len(self._numbers) :]
+            rest = (*self._numbers, *(self._constants[name] for name in names))
+            self._compiled[key] = compiled[(*self._grid, 1, 1)[:3]], rest
 
 
-def _kind(argument: Any) -> Hashable:
-    """What Triton compiles differently for: of a tensor dtype and alignment, of a number width, 1, and divisibility."""
-    if argument is None or isinstance(argument, float):
-        return argument is None
-    if isinstance(argument, Tensor):
-        aligned = argument.data_ptr() % 16 == 0
-        # On AMD also whether offsets into it fit 32 bits.
-        return argument.dtype, aligned, _IS_HIP and argument.untyped_storage().size() < 2**31
+def _kind(argument: Tensor | TensorDescriptor | None) -> Hashable:
+    """What Triton compiles differently for: a tensor's dtype and alignment."""
+    if argument is None:
+        return None
     if isinstance(argument, TensorDescriptor):
-        return argument.base.dtype, *argument.block_shape
-    return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
+        return argument.base.dtype
+    aligned = argument.data_ptr() % 16 == 0
+    if _IS_HIP:
+        # On AMD also whether offsets into it fit 32 bits.
+        return argument.dtype, aligned, argument.untyped_storage().size() < 2**31
+    return argument.dtype, aligned
+
+
+class Described:
+    """Tensor descriptors of matrices of one layout, contiguous along the rows: checked once, then made unchecked."""
+
+    __slots__ = ("_fields",)
+
+    def __init__(self, dtype: torch.dtype, shape: tuple[int, int], stride: int, block_shape: tuple[int, int]) -> None:
+        # Of a tensor that holds nothing: to keep a real one would keep its memory.
+        like = torch.empty((0,), dtype=dtype)
+        self._fields = vars(TensorDescriptor(like, list(shape), [stride, 1], list(block_shape)))
+
+    def __call__(self, base: Tensor) -> TensorDescriptor:
+        """The descriptor of `base`, which must have this dtype, shape and stride, and be 16-byte aligned."""
+        descriptor = object.__new__(TensorDescriptor)
+        descriptor.__dict__.update(self._fields, base=base)
+        return descriptor

@@ -139,18 +139,33 @@ CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
     },
     # Both products of one read of W: tile [block_m, block_k] of V, by the wider of tokens and rank.
     "stacked": {
-        "default": {32: Config(64, 0, 64, 4, 3), 128: Config(64, 0, 64, 4, 2)},
+        "default": {128: Config(64, 0, 64, 4, 3)},
+        "sm_100": {32: Config(64, 0, 64, 4, 3), 64: Config(64, 0, 64, 4, 1), 128: Config(64, 0, 64, 4, 3)},
+        "sm_120": {16: Config(64, 0, 64, 4, 3), 32: Config(64, 0, 64, 4, 2), 128: Config(64, 0, 64, 4, 3)},
     },
     "stacked fp32": {
-        "default": {32: Config(64, 0, 64, 4, 3), 128: Config(64, 0, 32, 4, 2)},
+        "default": {32: Config(64, 0, 64, 4, 3), 64: Config(64, 0, 32, 4, 3), 128: Config(64, 0, 32, 4, 2)},
+        "sm_100": {
+            16: Config(64, 0, 64, 4, 3),
+            32: Config(64, 0, 32, 4, 3),
+            64: Config(64, 0, 32, 4, 2),
+            128: Config(64, 0, 64, 4, 3),
+        },
+        "gfx942": {32: Config(64, 0, 64, 4, 3), 128: Config(64, 0, 32, 4, 3)},
     },
     "crossed": {
-        "default": {32: Config(32, 0, 256, 4, 2), 64: Config(32, 0, 128, 4, 2), 128: Config(64, 0, 64, 8, 2)},
+        "default": {64: Config(64, 0, 256, 8, 3), 128: Config(32, 0, 256, 8, 2)},
+        "sm_80": {128: Config(64, 0, 256, 8, 3)},
         "sm_90": {16: Config(64, 0, 512, 8, 3), 128: Config(64, 0, 256, 8, 3)},
+        "sm_100": {16: Config(64, 0, 256, 8, 3), 32: Config(64, 0, 256, 8, 1), 128: Config(64, 0, 256, 8, 3)},
+        "gfx942": {16: Config(64, 0, 256, 8, 2), 128: Config(64, 0, 256, 8, 1)},
     },
     "crossed fp32": {
-        "default": {128: Config(32, 0, 128, 8, 2)},
+        "default": {32: Config(32, 0, 256, 8, 2), 64: Config(16, 0, 128, 8, 1), 128: Config(32, 0, 128, 8, 2)},
+        "sm_80": {32: Config(32, 0, 256, 8, 2), 64: Config(16, 0, 128, 8, 2), 128: Config(32, 0, 128, 8, 2)},
         "sm_90": {32: Config(32, 0, 256, 8, 2), 128: Config(32, 0, 128, 8, 2)},
+        "sm_100": {32: Config(32, 0, 256, 8, 2), 128: Config(32, 0, 128, 8, 2)},
+        "gfx942": {16: Config(32, 0, 256, 8, 2), 32: Config(32, 0, 128, 4, 1), 128: Config(64, 0, 64, 8, 1)},
     },
     # y and dx of a small batch from their partial sums: tile [block_m, block_n].
     "small_finish": {
@@ -161,6 +176,7 @@ CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
         "default": {32: Config(64, 64, 0, 4, 1), 128: Config(32, 64, 0, 4, 1)},
         "sm_90": {128: Config(64, 64, 0, 4, 1)},
         "sm_100": {128: Config(64, 64, 0, 4, 1)},
+        "sm_120": {32: Config(64, 64, 0, 4, 1), 128: Config(64, 32, 0, 4, 1)},
         "gfx942": {128: Config(64, 64, 0, 4, 1)},
     },
     # g and its backward on [block_m, r] tiles.

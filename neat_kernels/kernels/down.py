@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from neat_kernels.kernels import launch
-from neat_kernels.kernels.bound import run
+from neat_kernels.kernels.bound import Bound, prepared
 from neat_kernels.kernels.branch import Product, columns, write_product
 from neat_kernels.kernels.skinny import tall_times_narrow
 from neat_kernels.torch_backend.dropout import threshold
@@ -64,45 +64,51 @@ def down(
     x: Tensor, D: Tensor, seed: Tensor | None, dropout: float, dtype: torch.dtype, product: Product | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """S [M,r] in `dtype`, and the product [M,N] that was asked for, contiguous."""
-    M, K = x.shape
-    r = D.shape[1]
-    config = launch.config("down" if seed is None else "down dropout", x.device, r, dtype.itemsize)
-    blocks, U, bias, C = launch.cdiv(M, config.block_m), None, None, None
-    pieces, steps, scaling = 1, 0, 1.0
+    masked = seed is not None
+    U, bias, C, of_product = None, None, None, None
     if product is not None:
-        U, bias, scaling, C = product.Q, product.bias, product.scaling, product.empty(M)
-        pieces, steps = columns(blocks, U.shape[0], config.block_n, x.device)
-    S = x.new_empty((pieces, M, r), dtype=dtype)
-    if blocks:
-        run(
-            _down_kernel,
-            (blocks, pieces),
-            x,
-            D,
-            S,
-            U,
-            bias,
-            C,
-            seed,
-            M,
-            1 if U is None else U.shape[0],
-            K,
-            steps,
-            *x.stride(),
-            *D.stride(),
-            *((0, 0) if U is None else U.stride()),
-            1 if bias is None else bias.stride(0),
-            scaling,
-            threshold(dropout),
-            1.0 / (1.0 - dropout),
-            R=r,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            BLOCK_R=launch.block_r(r),
-            DROPOUT=seed is not None,
-            PRECISION=launch.branch_precision(x.device),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+        U, bias, C = product.Q, product.bias, product.empty(x.shape[0])
+        of_product = (*U.shape, *U.stride(), 1 if bias is None else bias.stride(0), product.scaling)
+    pieces, bound = _prepare(
+        launch.target(x.device), *x.shape, x.stride(), *D.stride(), D.shape[1], dtype, masked, dropout, of_product
+    )
+    S = x.new_empty((pieces, x.shape[0], D.shape[1]), dtype=dtype)
+    bound(x, D, S, U, bias, C, seed)
     return S[0], C
+
+
+@prepared
+def _prepare(
+    place: launch.Target,
+    M: int,
+    K: int,
+    x_stride: tuple[int, int],
+    stride_dk: int,
+    stride_dr: int,
+    r: int,
+    dtype: torch.dtype,
+    masked: bool,
+    dropout: float,
+    of_product: tuple[int, int, int, int, int, float] | None,
+) -> tuple[int, Bound]:
+    """Copies of S, and the launch; `of_product` has N, r, the strides of U and bias, and the scaling."""
+    config = launch.config("down dropout" if masked else "down", place, r, dtype.itemsize)
+    blocks, pieces, steps = launch.cdiv(M, config.block_m), 1, 0
+    N, _, stride_un, stride_ur, stride_bias, scaling = of_product or (1, r, 0, 0, 1, 1.0)
+    if of_product is not None:
+        pieces, steps = columns(blocks, N, config.block_n, place)
+    strides = (*x_stride, stride_dk, stride_dr, stride_un, stride_ur, stride_bias)
+    return pieces, Bound(
+        _down_kernel,
+        (blocks, pieces),
+        (M, N, K, steps, *strides, scaling, threshold(dropout), 1.0 / (1.0 - dropout)),
+        R=r,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        BLOCK_R=launch.block_r(r),
+        DROPOUT=masked,
+        PRECISION=launch.branch_precision(place),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from neat_kernels.kernels import launch
-from neat_kernels.kernels.bound import run
+from neat_kernels.kernels.bound import Bound, prepared
 from neat_kernels.kernels.reduce import reduce
 from neat_kernels.kernels.skinny import tall_times_narrow
 from neat_kernels.kernels.tiles import narrow_tile
@@ -48,32 +48,31 @@ def _down_backward_kernel(
 
 def down_backward(x: Tensor, dS: Tensor, seed: Tensor | None, dropout: float, dtype: torch.dtype) -> Tensor:
     """dD [K,r] in `dtype`, from a contiguous dS."""
-    M, K = x.shape
-    r = dS.shape[1]
-    config = launch.config("columns" if seed is None else "columns dropout", x.device, r, dS.element_size())
-    blocks = launch.cdiv(K, config.block_m)
-    pieces, steps = launch.split(blocks, M, config.block_k, x.device)
+    (M, K), r = x.shape, dS.shape[1]
+    pieces, bound = _prepare(launch.target(x.device), M, K, x.stride(), r, dS.element_size(), seed is not None, dropout)
     partial = x.new_empty((pieces, K, r), dtype=torch.float32)
-    if K:
-        run(
-            _down_backward_kernel,
-            (blocks, pieces),
-            x,
-            dS,
-            partial,
-            seed,
-            M,
-            K,
-            steps,
-            *x.stride(),
-            threshold(dropout),
-            R=r,
-            BLOCK_K=config.block_m,
-            BLOCK_M=config.block_k,
-            BLOCK_R=launch.block_r(r),
-            DROPOUT=seed is not None,
-            PRECISION=launch.branch_precision(x.device),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+    bound(x, dS, partial, seed)
     return reduce(partial, x.new_empty((K, r), dtype=dtype), 1.0 / (1.0 - dropout))
+
+
+@prepared
+def _prepare(
+    place: launch.Target, M: int, K: int, x_stride: tuple[int, int], r: int, itemsize: int, masked: bool, dropout: float
+) -> tuple[int, Bound]:
+    """Pieces of M, and the launch."""
+    config = launch.config("columns dropout" if masked else "columns", place, r, itemsize)
+    blocks = launch.cdiv(K, config.block_m)
+    pieces, steps = launch.split(blocks, M, config.block_k, place)
+    return pieces, Bound(
+        _down_backward_kernel,
+        (blocks, pieces),
+        (M, K, steps, *x_stride, threshold(dropout)),
+        R=r,
+        BLOCK_K=config.block_m,
+        BLOCK_M=config.block_k,
+        BLOCK_R=launch.block_r(r),
+        DROPOUT=masked,
+        PRECISION=launch.branch_precision(place),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from neat_kernels.kernels import launch
-from neat_kernels.kernels.bound import run
+from neat_kernels.kernels.bound import Bound, prepared
 from neat_kernels.kernels.chain import chain_forward
 from neat_kernels.kernels.features_backward import features_backward
 from neat_kernels.kernels.reduce import block_pieces, ordered_sum
@@ -118,70 +118,79 @@ def feature_dtype(weight: Tensor, A: Tensor) -> torch.dtype:
 def _features(
     weight: Tensor, A: Tensor, chain: Tensor | None, orientation: str, activation: str
 ) -> tuple[Tensor, Tensor]:
-    device, r = weight.device, A.shape[0]
+    r = A.shape[0]
     W = weight.t() if orientation == "out" else weight
-    rows, length = W.shape
-    compute = feature_dtype(weight, A)
-    config, blocks, pieces, steps = launch.walk(W, r, compute.itemsize)
+    rows = W.shape[0]
+    pieces, bound = _prepare_project(
+        launch.target(weight.device), *W.shape, W.stride(), A.stride(), r, feature_dtype(weight, A), activation,
+        _depth(chain),
+    )  # fmt: skip
+    if pieces > 1:
+        partial = weight.new_empty((pieces, rows, r), dtype=torch.float32)
+        bound(W, A, chain, None, partial, None)
+        return finish_features(partial, chain, activation)
     Z, H = (weight.new_empty((rows, r), dtype=torch.float32) for _ in range(2))
-    if rows == 0:
-        return H, Z
-    split = pieces > 1
-    partial = weight.new_empty((pieces, rows, r), dtype=torch.float32) if split else Z
-    run(
+    bound(W, A, chain, _trace(chain, rows, r), Z, H)
+    return H, Z
+
+
+@prepared
+def _prepare_project(
+    place: launch.Target,
+    rows: int,
+    length: int,
+    w_stride: tuple[int, int],
+    a_stride: tuple[int, int],
+    r: int,
+    compute: torch.dtype,
+    activation: str,
+    depth: int,
+) -> tuple[int, Bound]:
+    """Pieces of the reduction, and the launch."""
+    config, blocks, pieces, steps = launch.walk(rows, length, w_stride[1] == 1, r, compute.itemsize, place)
+    return pieces, Bound(
         _project_kernel,
         (blocks, pieces),
-        W,
-        A,
-        chain,
-        None if split else _trace(chain, rows, r),
-        partial,
-        H,
-        rows,
-        length,
-        steps,
-        *W.stride(),
-        *A.stride(),
+        (rows, length, steps, *w_stride, *a_stride),
         R=r,
         BLOCK_M=config.block_m,
         BLOCK_L=config.block_k,
         BLOCK_R=launch.block_r(r),
         COMPUTE=launch.TRITON_DTYPES[compute],
         ACTIVATION=activation,
-        DEPTH=_depth(chain),
-        SPLIT=split,
-        PRECISION=launch.branch_precision(device),
+        DEPTH=depth,
+        SPLIT=pieces > 1,
+        PRECISION=launch.branch_precision(place),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return finish_features(partial, chain, activation) if split else (H, Z)
 
 
 def finish_features(partial: Tensor, chain: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
     """H = g(Z) and Z [rows,r], the sum of its partial sums [pieces,rows,r]; chain contiguous."""
     pieces, rows, r = partial.shape
-    Z, H = (torch.empty_like(partial[0]) for _ in range(2))
-    config = launch.config("chain", partial.device, r, 4)
-    run(
+    Z, H = (partial.new_empty((rows, r)) for _ in range(2))
+    bound = _prepare_finish(launch.target(partial.device), rows, pieces, r, activation, _depth(chain))
+    bound(partial, chain, _trace(chain, rows, r), Z, H)
+    return H, Z
+
+
+@prepared
+def _prepare_finish(place: launch.Target, rows: int, pieces: int, r: int, activation: str, depth: int) -> Bound:
+    config = launch.config("chain", place, r, 4)
+    return Bound(
         _finish_kernel,
         (launch.cdiv(rows, config.block_m),),
-        partial,
-        chain,
-        _trace(chain, rows, r),
-        Z,
-        H,
-        rows,
-        pieces,
+        (rows, pieces),
         R=r,
         BLOCK_M=config.block_m,
         BLOCK_R=launch.block_r(r),
         BLOCK_PIECES=block_pieces(config.block_m * launch.block_r(r)),
         ACTIVATION=activation,
-        DEPTH=_depth(chain),
-        PRECISION=launch.branch_precision(partial.device),
+        DEPTH=depth,
+        PRECISION=launch.branch_precision(place),
         num_warps=config.num_warps,
     )
-    return H, Z
 
 
 def _depth(chain: Tensor | None) -> int:

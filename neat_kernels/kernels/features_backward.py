@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from neat_kernels.kernels import launch
-from neat_kernels.kernels.bound import run
+from neat_kernels.kernels.bound import Bound, prepared
 from neat_kernels.kernels.chain import chain_backward
 from neat_kernels.kernels.reduce import BLOCK, block_pieces, reduce, sum_block
 from neat_kernels.kernels.skinny import tall_times_narrow
@@ -129,32 +129,34 @@ def through_chain(
 ) -> tuple[Tensor, Tensor | None]:
     """dZ, and the share that every block of its rows has in dchain."""
     rows, r = Z.shape
-    config = launch.config("chain", Z.device, r, 4)
-    blocks = launch.cdiv(rows, config.block_m)
+    depth = chain.shape[0] // 2
+    blocks, bound = _prepare_chain(launch.target(Z.device), rows, r, dH.stride(), activation, depth, need_dchain)
     dZ = torch.empty_like(Z)
     shares = Z.new_empty((blocks, *chain.shape)) if need_dchain else None
-    if blocks:
-        run(
-            _chain_backward_kernel,
-            (blocks,),
-            dH,
-            Z,
-            chain,
-            dZ,
-            shares,
-            Z.new_empty((chain.shape[0] + 1, rows, r)),
-            rows,
-            *dH.stride(),
-            R=r,
-            BLOCK_M=config.block_m,
-            BLOCK_R=launch.block_r(r),
-            ACTIVATION=activation,
-            DEPTH=chain.shape[0] // 2,
-            PRECISION=launch.branch_precision(Z.device),
-            NEED_DCHAIN=need_dchain,
-            num_warps=config.num_warps,
-        )
+    bound(dH, Z, chain, dZ, shares, Z.new_empty((2 * depth + 1, rows, r)))
     return dZ, shares
+
+
+@prepared
+def _prepare_chain(
+    place: launch.Target, rows: int, r: int, dh_stride: tuple[int, int], activation: str, depth: int, need_dchain: bool
+) -> tuple[int, Bound]:
+    """Blocks of rows, and the launch."""
+    config = launch.config("chain", place, r, 4)
+    blocks = launch.cdiv(rows, config.block_m)
+    return blocks, Bound(
+        _chain_backward_kernel,
+        (blocks,),
+        (rows, *dh_stride),
+        R=r,
+        BLOCK_M=config.block_m,
+        BLOCK_R=launch.block_r(r),
+        ACTIVATION=activation,
+        DEPTH=depth,
+        PRECISION=launch.branch_precision(place),
+        NEED_DCHAIN=need_dchain,
+        num_warps=config.num_warps,
+    )
 
 
 def _weight_gradient(
@@ -167,38 +169,41 @@ def _weight_gradient(
     dchain: Tensor | None,
 ) -> Tensor:
     """(W·(dZ∘σ'(Z)))ᵀ [r,rows] for W [rows,length]; dZ as it is where activation is None. Adds the shares of dchain."""
-    (rows, length), r, device = W.shape, dZ.shape[1], W.device
-    config, blocks, pieces, steps = launch.walk(W, r, 4)
+    (rows, length), r = W.shape, dZ.shape[1]
+    of_dchain = (0, 0) if dchain is None or shares is None else (dchain.numel(), shares.shape[0])
+    strides = (*W.stride(), *dZ.stride())
+    pieces, bound = _prepare_weight(launch.target(W.device), rows, length, r, strides, activation, of_dchain)
     dA = W.new_empty((r, rows), dtype=dtype)
     partial = dA if pieces == 1 else W.new_empty((pieces, r, rows), dtype=torch.float32)
-    sums = 0 if dchain is None else launch.cdiv(dchain.numel(), BLOCK)
-    if blocks + sums:
-        run(
-            _weight_kernel,
-            (blocks + sums, pieces),
-            W,
-            dZ,
-            Z,
-            partial,
-            shares,
-            dchain,
-            rows,
-            length,
-            blocks,
-            steps,
-            0 if dchain is None else dchain.numel(),
-            0 if shares is None else shares.shape[0],
-            *W.stride(),
-            *dZ.stride(),
-            R=r,
-            BLOCK_M=config.block_m,
-            BLOCK_L=config.block_k,
-            BLOCK_R=launch.block_r(r),
-            ACTIVATION=activation,
-            BLOCK=BLOCK,
-            BLOCK_PIECES=block_pieces(BLOCK),
-            PRECISION=launch.branch_precision(device),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+    bound(W, dZ, Z, partial, shares, dchain)
     return dA if pieces == 1 else reduce(partial, dA)
+
+
+@prepared
+def _prepare_weight(
+    place: launch.Target,
+    rows: int,
+    length: int,
+    r: int,
+    strides: tuple[int, int, int, int],
+    activation: str | None,
+    of_dchain: tuple[int, int],
+) -> tuple[int, Bound]:
+    """Pieces of the reduction, and the launch; strides of W and dZ, elements of dchain and the number of its shares."""
+    config, blocks, pieces, steps = launch.walk(rows, length, strides[1] == 1, r, 4, place)
+    sums = launch.cdiv(of_dchain[0], BLOCK)
+    return pieces, Bound(
+        _weight_kernel,
+        (blocks + sums, pieces),
+        (rows, length, blocks, steps, *of_dchain, *strides),
+        R=r,
+        BLOCK_M=config.block_m,
+        BLOCK_L=config.block_k,
+        BLOCK_R=launch.block_r(r),
+        ACTIVATION=activation,
+        BLOCK=BLOCK,
+        BLOCK_PIECES=block_pieces(BLOCK),
+        PRECISION=launch.branch_precision(place),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )

@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from neat_kernels.kernels import launch
-from neat_kernels.kernels.bound import run
-from neat_kernels.kernels.gemm_descriptor import GROUP_M, fits, gemm_descriptor
+from neat_kernels.kernels.bound import Bound, prepared
+from neat_kernels.kernels.gemm_descriptor import GROUP_M, fits, gemm_descriptor, mask_table
 from neat_kernels.kernels.tiles import add_bias, low_rank_tile, store_tile
 from neat_kernels.torch_backend.dropout import threshold as keep_threshold
 
@@ -101,48 +101,50 @@ def gemm(
     """
     if A.dtype == torch.float32 and launch.target(A.device).arch != "interpreter":
         raise ValueError("the fused plan takes half precision on a GPU, got float32: plan cublas has the fp32 GEMM")
-    (M, K), N, r = A.shape, B.shape[1], P.shape[1]
+    (M, K), N = A.shape, B.shape[1]
     C = A.new_empty((M, N))
     if C.numel() == 0:
         return C
-    scaling = scaling if seed is None else scaling / (1.0 - dropout)
-    by_descriptor = fits(A, B, C)
-    # An fp32 branch has one table, masked or not.
-    masked = " dropout" if seed is not None and P.element_size() == 2 else ""
-    stage = "gemm descriptor" if by_descriptor else "gemm"
-    config = launch.config(stage + masked, A.device, r, P.element_size())
-    if by_descriptor:
-        gemm_descriptor(A, B, P, Q, bias, seed, C, scaling, keep_threshold(dropout), config)
-        return C
-    run(
+    place = launch.target(A.device)
+    strides = (*A.stride(), *B.stride(), *Q.stride(), 1 if bias is None else bias.stride(0))
+    call = (place, M, N, K, P.shape[1], strides, A.dtype, P.dtype, scaling, seed is not None, dropout)
+    if fits(A, B, C):
+        gemm_descriptor(A, B, P, Q, bias, seed, C, *call)
+    else:
+        _prepare(*call, launch.low_rank_first(place))(A, B, P, Q, bias, seed, C)
+    return C
+
+
+@prepared
+def _prepare(
+    place: launch.Target,
+    M: int,
+    N: int,
+    K: int,
+    r: int,
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    branch_dtype: torch.dtype,
+    scaling: float,
+    masked: bool,
+    dropout: float,
+    low_rank_first: bool,
+) -> Bound:
+    """The launch; strides of A, B, Q and bias."""
+    config = launch.config("gemm" + mask_table(masked, branch_dtype), place, r, branch_dtype.itemsize)
+    return Bound(
         _gemm_kernel,
         (launch.cdiv(M, config.block_m) * launch.cdiv(N, config.block_n),),
-        A,
-        B,
-        P,
-        Q,
-        bias,
-        seed,
-        C,
-        M,
-        N,
-        K,
-        *A.stride(),
-        *B.stride(),
-        *Q.stride(),
-        1 if bias is None else bias.stride(0),
-        scaling,
-        keep_threshold(dropout),
+        (M, N, K, *strides, scaling / (1.0 - dropout), keep_threshold(dropout)),
         R=r,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         BLOCK_R=launch.block_r(r),
         GROUP_M=GROUP_M,
-        LOW_RANK_FIRST=launch.low_rank_first(A.device),
-        DROPOUT=seed is not None,
-        PRECISION=launch.branch_precision(A.device),
+        LOW_RANK_FIRST=low_rank_first,
+        DROPOUT=masked,
+        PRECISION=launch.branch_precision(place),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return C

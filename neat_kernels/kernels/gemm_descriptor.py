@@ -7,15 +7,17 @@ a tile has beyond its matrix, the hardware reads as zero and never writes. A per
 after another, so that the loads of the next run beside the stores of the last.
 """
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from neat_kernels.kernels import launch
-from neat_kernels.kernels.bound import run
-from neat_kernels.kernels.configs import Config
+from neat_kernels.kernels.bound import Bound, Described, prepared
 from neat_kernels.kernels.tiles import add_bias, low_rank_tile
+from neat_kernels.torch_backend.dropout import threshold as keep_threshold
 
 # Tile rows that walk down together, so that their tiles of B stay in the L2 cache.
 GROUP_M = 8
@@ -84,46 +86,51 @@ def _is_aligned(matrix: Tensor) -> bool:
     )
 
 
+def mask_table(masked: bool, branch_dtype: torch.dtype) -> str:
+    """What the name of a table of the GEMM ends with: an fp32 branch has one table, masked or not."""
+    return " dropout" if masked and branch_dtype.itemsize == 2 else ""
+
+
 def gemm_descriptor(
-    A: Tensor,
-    B: Tensor,
-    P: Tensor,
-    Q: Tensor,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    C: Tensor,
-    scaling: float,
-    threshold: int,
-    config: Config,
+    A: Tensor, B: Tensor, P: Tensor, Q: Tensor, bias: Tensor | None, seed: Tensor | None, C: Tensor, *call: Any
 ) -> None:
-    """Write C; A, B and C must fit, C must have elements."""
-    (M, K), N, r = A.shape, B.shape[1], P.shape[1]
+    """Write C; A, B and C must fit, C must have elements; `call` is what gemm.py prepares by."""
+    (a_desc, b_desc, c_desc), bound = _prepare(*call)
+    rows_of_B = B.t() if B.stride(0) == 1 else B
+    bound(a_desc(A), b_desc(rows_of_B), c_desc(C), P, Q, bias, seed)
+
+
+@prepared
+def _prepare(
+    place: launch.Target,
+    M: int,
+    N: int,
+    K: int,
+    r: int,
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    branch_dtype: torch.dtype,
+    scaling: float,
+    masked: bool,
+    dropout: float,
+) -> tuple[tuple[Described, Described, Described], Bound]:
+    """The descriptors of A, B by its rows and C, and the launch; strides of A, B, Q and bias."""
+    config = launch.config("gemm descriptor" + mask_table(masked, branch_dtype), place, r, branch_dtype.itemsize)
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
     tiles = launch.cdiv(M, block_m) * launch.cdiv(N, block_n)
-    programs = min(tiles, launch.target(A.device).multiprocessors) if config.persistent else tiles
-    transposed = B.stride(0) == 1
-    b_desc = (
-        TensorDescriptor.from_tensor(B.t(), [block_n, block_k])
-        if transposed
-        else TensorDescriptor.from_tensor(B, [block_k, block_n])
+    programs = min(tiles, place.multiprocessors) if config.persistent else tiles
+    stride_am, _, stride_bk, stride_bn, *rest = strides
+    transposed = stride_bk == 1
+    of_B = ((N, K), stride_bn, (block_n, block_k)) if transposed else ((K, N), stride_bk, (block_k, block_n))
+    descriptors = (
+        Described(dtype, (M, K), stride_am, (block_m, block_k)),
+        Described(dtype, *of_B),
+        Described(dtype, (M, N), N, (block_m, block_n)),
     )
-    run(
+    return descriptors, Bound(
         _gemm_descriptor_kernel,
         (programs,),
-        TensorDescriptor.from_tensor(A, [block_m, block_k]),
-        b_desc,
-        TensorDescriptor.from_tensor(C, [block_m, block_n]),
-        P,
-        Q,
-        bias,
-        seed,
-        M,
-        N,
-        K,
-        *Q.stride(),
-        1 if bias is None else bias.stride(0),
-        scaling,
-        threshold,
+        (M, N, K, *rest, scaling / (1.0 - dropout), keep_threshold(dropout)),
         R=r,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
@@ -132,8 +139,8 @@ def gemm_descriptor(
         GROUP_M=GROUP_M,
         TRANSPOSED=transposed,
         FLATTEN=config.persistent,
-        DROPOUT=seed is not None,
-        PRECISION=launch.branch_precision(A.device),
+        DROPOUT=masked,
+        PRECISION=launch.branch_precision(place),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
 
-from neat_kernels.kernels import measured
+from neat_kernels.kernels import bound, measured
 from neat_kernels.kernels.configs import CONFIGS, Config
 
 
@@ -105,7 +105,7 @@ def config(stage: str, device: Place, r: int, itemsize: int) -> Config:
 
 @functools.cache
 def measured_configs() -> dict[measured.Key, Config]:
-    """The measured configurations, read once; `measured_configs.cache_clear()` has the file read again.
+    """The measured configurations, read once; see `forget_measured`.
 
     Raises:
         ValueError: there is a file, and it does not hold what it must.
@@ -136,18 +136,28 @@ def measured_on(name: str) -> str | None:
     return measured.date_for(name, measured_entries(measured.PATH))
 
 
+def use_measured(configs: Mapping[measured.Key, Config]) -> None:
+    """Take these for measured, beside what the file says, until `forget_measured`."""
+    measured_configs().update(configs)
+    bound.forget()
+
+
+def forget_measured() -> None:
+    """Have the file read again."""
+    measured_configs.cache_clear()
+    bound.forget()
+
+
 @contextlib.contextmanager
 def trying(key: measured.Key, tried: Config) -> Iterator[None]:
     """Inside, `tried` is what was measured for `key`: for a tuner, not for threads."""
-    by_key = measured_configs()
-    before = by_key.get(key)
-    by_key[key] = tried
+    before = measured_configs().get(key)
+    use_measured({key: tried})
     try:
         yield
     finally:
-        del by_key[key]
-        if before is not None:
-            by_key[key] = before
+        del measured_configs()[key]
+        use_measured({} if before is None else {key: before})
 
 
 def cdiv(size: int, block: int) -> int:
@@ -180,17 +190,11 @@ class Walk(NamedTuple):
     steps: int
 
 
-def walk(matrix: torch.Tensor, r: int, itemsize: int) -> Walk:
-    """The walk for matrix [rows, length] times a narrow one, by the dimension that is contiguous in memory.
+def walk(rows: int, length: int, along_rows: bool, r: int, itemsize: int, device: Place) -> Walk:
+    """The walk for a matrix [rows, length] times a narrow one, by the dimension that is contiguous in memory.
 
     Along contiguous rows the tiles are short enough to fill a device in one piece, which saves a launch.
     """
-    rows, length = matrix.shape
-    return walk_of(rows, length, matrix.stride(1) == 1, r, itemsize, matrix.device)
-
-
-def walk_of(rows: int, length: int, along_rows: bool, r: int, itemsize: int, device: Place) -> Walk:
-    """The walk for a matrix [rows, length] of which nothing else is known but whether its rows are contiguous."""
     stage = "rows" if along_rows else "columns"
     chosen = config(stage, device, r, itemsize)
     blocks = cdiv(rows, chosen.block_m)
@@ -230,14 +234,13 @@ def low_rank_first(device: Place) -> bool:
     return target(device).arch in ("sm_90", "sm_100", "interpreter")
 
 
-@contextlib.contextmanager
-def on(device: torch.device) -> Iterator[None]:
-    """Launch on `device` and its current stream, whichever device is current outside."""
+def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Inside, launches go to `device` and its current stream, whichever device is current outside."""
     if device.type == "cpu":
         from neat_kernels.kernels.interpreter import faithful
 
-        with faithful():
-            yield
-    else:
-        with torch.cuda.device(device):
-            yield
+        return faithful()
+    return _NOWHERE_ELSE if torch.cuda.current_device() == device.index else torch.cuda.device(device)
+
+
+_NOWHERE_ELSE = contextlib.nullcontext()

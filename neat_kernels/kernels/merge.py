@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from neat_kernels.kernels import launch
-from neat_kernels.kernels.bound import run
+from neat_kernels.kernels.bound import Bound
 from neat_kernels.kernels.dropout import random_word
 from neat_kernels.kernels.tiles import low_rank_tile
 
@@ -94,29 +94,18 @@ def merge_with_flags(
     flags = weight.new_empty(blocks, dtype=torch.int32)
     if blocks == 0:
         return whole, flags
+    bound = Bound(
+        _merge_kernel,
+        (blocks,),
+        (N, K, *weight.stride(), *D.stride(), *merged.stride(), *index, scaling),
+        R=r,
+        BLOCK_N=config.block_m,
+        BLOCK_K=config.block_n,
+        BLOCK_R=launch.block_r(r),
+        PRECISION=launch.branch_precision(weight.device),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
     with launch.on(weight.device):
-        run(
-            _merge_kernel,
-            (blocks,),
-            weight,
-            U.to(torch.float32).contiguous(),
-            D,
-            seed,
-            merged,
-            flags,
-            N,
-            K,
-            *weight.stride(),
-            *D.stride(),
-            *merged.stride(),
-            *index,
-            scaling,
-            R=r,
-            BLOCK_N=config.block_m,
-            BLOCK_K=config.block_n,
-            BLOCK_R=launch.block_r(r),
-            PRECISION=launch.branch_precision(weight.device),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+        bound(weight, U.to(torch.float32).contiguous(), D, seed, merged, flags)
     return whole, flags

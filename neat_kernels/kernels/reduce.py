@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from neat_kernels.kernels import launch
-from neat_kernels.kernels.bound import run
+from neat_kernels.kernels.bound import Bound, prepared
 
 BLOCK = 512
 
@@ -48,18 +48,12 @@ def _reduce_kernel(partial_ptr, out_ptr, size, pieces, scaling, BLOCK: tl.conste
 
 def reduce(partial: Tensor, out: Tensor, scaling: float = 1.0) -> Tensor:
     """Sum partial [pieces, ...] over its first dimension into `out`, contiguous."""
-    if out.numel():
-        grid = (launch.cdiv(out.numel(), BLOCK),)
-        run(
-            _reduce_kernel,
-            grid,
-            partial,
-            out,
-            out.numel(),
-            partial.shape[0],
-            scaling,
-            BLOCK=BLOCK,
-            BLOCK_PIECES=block_pieces(BLOCK),
-            num_warps=4,
-        )
+    _prepare(out.numel(), partial.shape[0], scaling)(partial, out)
     return out
+
+
+@prepared
+def _prepare(size: int, pieces: int, scaling: float) -> Bound:
+    numbers = (size, pieces, scaling)
+    per_load = block_pieces(BLOCK)
+    return Bound(_reduce_kernel, (launch.cdiv(size, BLOCK),), numbers, BLOCK=BLOCK, BLOCK_PIECES=per_load, num_warps=4)

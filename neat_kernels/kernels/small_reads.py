@@ -18,7 +18,7 @@ from torch import Tensor
 
 from neat_kernels.kernels import launch
 from neat_kernels.kernels.activations import act_backward
-from neat_kernels.kernels.bound import run
+from neat_kernels.kernels.bound import Bound, prepared
 
 
 @triton.jit
@@ -178,32 +178,41 @@ class Operands(NamedTuple):
 def read_once(given: Operands, transposed: bool) -> tuple[Tensor, Tensor]:
     """Partial sums of P [·,M,rows] and of the narrow product [·,rows or length,r], of its transpose if `transposed`."""
     V, T, F, Z, activation, compute, crossed = given
-    (rows, length), M, r, device = V.shape, T.shape[0], F.shape[1], V.device
+    (rows, length), M, r = V.shape, T.shape[0], F.shape[1]
+    strides = (*V.stride(), *T.stride(), *F.stride())
+    of_P, of_Q, bound = _prepare(
+        launch.target(V.device), rows, length, M, r, strides, activation, compute, crossed, transposed
+    )
+    P, Q = (V.new_empty(shape, dtype=torch.float32) for shape in (of_P, of_Q))
+    bound(V, T, F, Z, P, Q)
+    return P, Q
+
+
+@prepared
+def _prepare(
+    place: launch.Target,
+    rows: int,
+    length: int,
+    M: int,
+    r: int,
+    strides: tuple[int, ...],
+    activation: str | None,
+    compute: torch.dtype,
+    crossed: bool,
+    transposed: bool,
+) -> tuple[tuple[int, int, int], tuple[int, int, int], Bound]:
+    """Shapes of the partial sums of both products, and the launch; strides of V, T and F."""
     block_t = launch.block_r(M)
-    config = launch.config("crossed" if crossed else "stacked", device, max(block_t, r), compute.itemsize)
+    config = launch.config("crossed" if crossed else "stacked", place, max(block_t, r), compute.itemsize)
     owned, walked = (length, rows) if crossed else (rows, length)
     block_owned, block_walked = (config.block_k, config.block_m) if crossed else (config.block_m, config.block_k)
     blocks = launch.cdiv(owned, block_owned)
-    pieces, steps = launch.split(blocks, walked, block_walked, device)
-    P = V.new_empty((blocks if crossed else pieces, M, rows), dtype=torch.float32)
-    Q = V.new_empty((pieces, r, owned) if transposed else (pieces, owned, r), dtype=torch.float32)
-    run(
+    pieces, steps = launch.split(blocks, walked, block_walked, place)
+    of_Q = (pieces, r, owned) if transposed else (pieces, owned, r)
+    bound = Bound(
         _crossed_kernel if crossed else _stacked_kernel,
         (blocks, pieces),
-        V,
-        T,
-        F,
-        Z,
-        P,
-        Q,
-        rows,
-        length,
-        M,
-        steps,
-        *V.stride(),
-        *T.stride(),
-        *F.stride(),
-        *((1, owned) if transposed else (r, 1)),
+        (rows, length, M, steps, *strides, *((1, owned) if transposed else (r, 1))),
         R=r,
         BLOCK_M=config.block_m,
         BLOCK_L=config.block_k,
@@ -211,8 +220,8 @@ def read_once(given: Operands, transposed: bool) -> tuple[Tensor, Tensor]:
         BLOCK_R=launch.block_r(r),
         COMPUTE=launch.TRITON_DTYPES[compute],
         ACTIVATION=activation,
-        PRECISION=launch.branch_precision(device),
+        PRECISION=launch.branch_precision(place),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return P, Q
+    return (blocks if crossed else pieces, M, rows), of_Q, bound

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from neat_kernels.kernels import launch
-from neat_kernels.kernels.bound import run
+from neat_kernels.kernels.bound import Bound, prepared
 from neat_kernels.kernels.dropout import kept
 from neat_kernels.kernels.reduce import block_pieces, ordered_sum
 from neat_kernels.kernels.skinny import tall_times_narrow
@@ -108,35 +108,42 @@ def _finish_tokens_kernel(
 def down_partial(x: Tensor, D: Tensor, seed: Tensor | None, dropout: float, dtype: torch.dtype) -> Tensor:
     """Shares of S = x̃·D [shares,M,r] fp32, from operands rounded to `dtype`."""
     (M, K), r = x.shape, D.shape[1]
-    config = launch.config("down" if seed is None else "down dropout", x.device, r, dtype.itemsize)
-    blocks = launch.cdiv(M, config.block_m)
-    shares, steps = launch.split(blocks, K, config.block_k, x.device)
+    strides = (*x.stride(), *D.stride())
+    shares, bound = _prepare_down(launch.target(x.device), M, K, r, strides, dtype, seed is not None, dropout)
     S = x.new_empty((shares, M, r), dtype=torch.float32)
-    run(
+    bound(x, D, S, seed)
+    return S
+
+
+@prepared
+def _prepare_down(
+    place: launch.Target,
+    M: int,
+    K: int,
+    r: int,
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    masked: bool,
+    dropout: float,
+) -> tuple[int, Bound]:
+    """Pieces of K, and the launch; strides of x and D."""
+    config = launch.config("down dropout" if masked else "down", place, r, dtype.itemsize)
+    blocks = launch.cdiv(M, config.block_m)
+    shares, steps = launch.split(blocks, K, config.block_k, place)
+    return shares, Bound(
         _down_partial_kernel,
         (blocks, shares),
-        x,
-        D,
-        S,
-        seed,
-        M,
-        K,
-        steps,
-        *x.stride(),
-        *D.stride(),
-        threshold(dropout),
-        1.0 / (1.0 - dropout),
+        (M, K, steps, *strides, threshold(dropout), 1.0 / (1.0 - dropout)),
         R=r,
         BLOCK_M=config.block_m,
         BLOCK_K=config.block_k,
         BLOCK_R=launch.block_r(r),
         COMPUTE=launch.TRITON_DTYPES[dtype],
-        DROPOUT=seed is not None,
-        PRECISION=launch.branch_precision(x.device),
+        DROPOUT=masked,
+        PRECISION=launch.branch_precision(place),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return S
 
 
 def finish_tokens(
@@ -152,34 +159,42 @@ def finish_tokens(
 ) -> Tensor:
     """C [M,N] in `dtype`, contiguous; S [M,r] contiguous is written from its shares, if there are any, else read."""
     (pieces, M, N), r = P.shape, S.shape[1]
-    config = launch.config("small_finish", P.device, r, S.element_size())
+    counts = (pieces, 0 if shares is None else shares.shape[0])
+    strides = (*Q.stride(), 1 if bias is None else bias.stride(0))
+    bound = _prepare_finish(
+        launch.target(P.device), M, N, r, counts, strides, S.element_size(), scaling, seed is not None, dropout
+    )
     C = P.new_empty((M, N), dtype=dtype)
-    run(
+    bound(P, shares, S, Q, bias, seed, C)
+    return C
+
+
+@prepared
+def _prepare_finish(
+    place: launch.Target,
+    M: int,
+    N: int,
+    r: int,
+    counts: tuple[int, int],
+    strides: tuple[int, int, int],
+    itemsize: int,
+    scaling: float,
+    masked: bool,
+    dropout: float,
+) -> Bound:
+    """The launch; `counts` of P and of the shares of S, strides of Q and bias."""
+    config = launch.config("small_finish", place, r, itemsize)
+    return Bound(
         _finish_tokens_kernel,
         (launch.cdiv(M, config.block_m), launch.cdiv(N, config.block_n)),
-        P,
-        shares,
-        S,
-        Q,
-        bias,
-        seed,
-        C,
-        M,
-        N,
-        pieces,
-        0 if shares is None else shares.shape[0],
-        *Q.stride(),
-        1 if bias is None else bias.stride(0),
-        scaling if seed is None else scaling / (1.0 - dropout),
-        threshold(dropout),
+        (M, N, *counts, *strides, scaling / (1.0 - dropout), threshold(dropout)),
         R=r,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_R=launch.block_r(r),
         BLOCK_PIECES=block_pieces(config.block_m * config.block_n),
         BLOCK_SHARES=block_pieces(config.block_m * launch.block_r(r)),
-        DROPOUT=seed is not None,
-        PRECISION=launch.branch_precision(P.device),
+        DROPOUT=masked,
+        PRECISION=launch.branch_precision(place),
         num_warps=config.num_warps,
     )
-    return C

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from neat_kernels.kernels import launch
-from neat_kernels.kernels.bound import run
+from neat_kernels.kernels.bound import Bound, prepared
 from neat_kernels.kernels.branch import Product
 from neat_kernels.kernels.tiles import narrow_tile
 from neat_kernels.kernels.up_finish import Partial, UpGradients, finish
@@ -89,9 +89,8 @@ def up_backward(
     M, N = dy.shape
     factor = U if U is not None else S
     r = 1 if factor is None else factor.shape[1]
-    config = launch.config("up_backward", dy.device, r, compute_dtype.itemsize)
-    blocks = launch.cdiv(N, config.block_n)
-    pieces, steps = launch.split(blocks, M, config.block_m, dy.device, launch.up_backward_fill(dy.device))
+    strides = (*dy.stride(), *((0, 0) if U is None else U.stride()))
+    blocks, pieces, bound = _prepare(launch.target(dy.device), M, N, r, strides, compute_dtype)
 
     def empty(wanted: bool, *shape: int) -> Tensor | None:
         return dy.new_empty(shape, dtype=torch.float32) if wanted else None
@@ -101,26 +100,32 @@ def up_backward(
         empty(dup_dtype is not None, pieces, N, r),
         empty(dbias_dtype is not None, pieces, N),
     )
-    if blocks:
-        run(
+    bound(dy, U, S, *partial)
+    return finish(partial, M, N, r, scaling, (compute_dtype, dup_dtype, dbias_dtype), dy.device, product)
+
+
+@prepared
+def _prepare(
+    place: launch.Target, M: int, N: int, r: int, strides: tuple[int, ...], compute_dtype: torch.dtype
+) -> tuple[int, int, Bound]:
+    """Blocks of columns, pieces of rows, and the launch; strides of dy and U."""
+    config = launch.config("up_backward", place, r, compute_dtype.itemsize)
+    blocks = launch.cdiv(N, config.block_n)
+    pieces, steps = launch.split(blocks, M, config.block_m, place, launch.up_backward_fill(place))
+    return (
+        blocks,
+        pieces,
+        Bound(
             _up_backward_kernel,
             (blocks, pieces),
-            dy,
-            U,
-            S,
-            *partial,
-            M,
-            N,
-            steps,
-            *dy.stride(),
-            *((0, 0) if U is None else U.stride()),
+            (M, N, steps, *strides),
             R=r,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             BLOCK_R=launch.block_r(r),
             COMPUTE=launch.TRITON_DTYPES[compute_dtype],
-            PRECISION=launch.branch_precision(dy.device),
+            PRECISION=launch.branch_precision(place),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
-        )
-    return finish(partial, M, N, r, scaling, (compute_dtype, dup_dtype, dbias_dtype), dy.device, product)
+        ),
+    )

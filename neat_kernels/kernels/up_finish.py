@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from neat_kernels.kernels import launch
-from neat_kernels.kernels.bound import run
+from neat_kernels.kernels.bound import Bound, prepared
 from neat_kernels.kernels.branch import Product, columns, write_product
 from neat_kernels.kernels.reduce import BLOCK, block_pieces, ordered_sum, sum_block
 from neat_kernels.kernels.tiles import narrow_tile
@@ -105,52 +105,72 @@ def finish(
     def empty(partial: Tensor | None, dtype: torch.dtype | None, *shape: int) -> Tensor | None:
         return None if partial is None else torch.empty(shape, dtype=dtype, device=device)
 
-    config = launch.config("finish", device, r, dtypes[0].itemsize)
-    blocks = 0 if partial.dS is None else launch.cdiv(M, config.block_m)
-    (pieces, steps), D, C = (1, 0), None, None
+    D, C, seed, of_product = None, None, None, None
     if product is not None:
-        D, C = product.Q, product.empty(M)
-        pieces, steps = columns(blocks, D.shape[0], config.block_n, device)
+        D, C, seed = product.Q, product.empty(M), product.seed
+        of_product = (D.shape[0], *D.stride(), product.scaling, product.dropout, seed is not None)
+    shares = tuple(None if t is None else t.shape[0] for t in partial)
+    pieces, bound = _prepare(launch.target(device), M, N, r, scaling, dtypes[0].itemsize, shares, of_product)
     dS = empty(partial.dS, dtypes[0], pieces, M, r)
     dU, dbias = empty(partial.dU, dtypes[1], N, r), empty(partial.dbias, dtypes[2], N)
+    bound(*partial, dS, dU, dbias, D, seed, C)
+    return UpGradients(None if dS is None else dS[0], dU, dbias, C)
+
+
+@prepared
+def _prepare(
+    place: launch.Target,
+    M: int,
+    N: int,
+    r: int,
+    scaling: float,
+    itemsize: int,
+    shares: tuple[int | None, int | None, int | None],
+    of_product: tuple[int, int, int, float, float, bool] | None,
+) -> tuple[int, Bound]:
+    """Copies of dS, and the launch.
+
+    `shares` has how many partial sums there are of dS, dU and dbias, `of_product` K, the strides of D, the scaling, the
+    dropout and whether there is a mask.
+    """
+    config = launch.config("finish", place, r, itemsize)
+    of_dS, of_dU, of_dbias = shares
+    blocks, pieces, steps = 0 if of_dS is None else launch.cdiv(M, config.block_m), 1, 0
+    K, stride_dk, stride_dr, product_scaling, dropout, masked = of_product or (1, 0, 0, 1.0, 0.0, False)
+    if of_product is not None:
+        pieces, steps = columns(blocks, K, config.block_n, place)
     blocks_s = blocks * pieces
-    blocks_u, blocks_b = (0 if t is None else launch.cdiv(t.numel(), BLOCK) for t in (dU, dbias))
-    tall = partial.dbias if partial.dU is None else partial.dU
-    dropout = 0.0 if product is None else product.dropout
-    if blocks_s + blocks_u + blocks_b:
-        run(
-            _finish_kernel,
-            (blocks_s + blocks_u + blocks_b,),
-            *partial,
-            dS,
-            dU,
-            dbias,
-            D,
-            None if product is None else product.seed,
-            C,
+    blocks_u = 0 if of_dU is None else launch.cdiv(N * r, BLOCK)
+    blocks_b = 0 if of_dbias is None else launch.cdiv(N, BLOCK)
+    tall = of_dbias if of_dU is None else of_dU
+    return pieces, Bound(
+        _finish_kernel,
+        (blocks_s + blocks_u + blocks_b,),
+        (
             M,
             N,
-            1 if D is None else D.shape[0],
-            0 if partial.dS is None else partial.dS.shape[0],
-            0 if tall is None else tall.shape[0],
+            K,
+            of_dS or 0,
+            tall or 0,
             blocks_s,
             blocks_u,
             pieces,
             steps,
-            *((0, 0) if D is None else D.stride()),
+            stride_dk,
+            stride_dr,
             scaling,
-            1.0 if product is None else product.scaling / (1.0 - dropout),
+            product_scaling / (1.0 - dropout),
             keep_threshold(dropout),
-            R=r,
-            BLOCK=BLOCK,
-            FLAT_PIECES=block_pieces(BLOCK),
-            TALL_PIECES=block_pieces(config.block_m * launch.block_r(r)),
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_R=launch.block_r(r),
-            DROPOUT=product is not None and product.seed is not None,
-            PRECISION=launch.branch_precision(device),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
-    return UpGradients(None if dS is None else dS[0], dU, dbias, C)
+        ),
+        R=r,
+        BLOCK=BLOCK,
+        FLAT_PIECES=block_pieces(BLOCK),
+        TALL_PIECES=block_pieces(config.block_m * launch.block_r(r)),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_R=launch.block_r(r),
+        DROPOUT=masked,
+        PRECISION=launch.branch_precision(place),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )

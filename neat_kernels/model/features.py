@@ -46,7 +46,7 @@ def forward(layer: Layer, target: launch.Target) -> tuple[Work, ...]:
     (rows, length), r, R = feature_rows(layer), layer.r, launch.block_r(layer.r)
     unit = layer.dtype if layer.adapter_dtype == layer.dtype and layer.dtype in HALF else precision_unit(target)
     # W as stored is [N,K]: in its transpose the rows are not contiguous.
-    walk = launch.walk_of(rows, length, layer.orientation == "in", r, ITEMSIZE.get(unit, _F32), target)
+    walk = launch.walk(rows, length, layer.orientation == "in", r, ITEMSIZE.get(unit, _F32), target)
     H = rows * r * _F32
     through_chain = 2 * layer.depth * 2 * rows * R * R
     # What applies g: the kernel itself, or the one that adds its partial sums.
@@ -79,7 +79,7 @@ def backward(layer: Layer, target: launch.Target) -> tuple[Work, ...]:
     (length, rows), r, R = feature_rows(layer), layer.r, launch.block_r(layer.r)
     unit = precision_unit(target)
     # From here on W is [rows, length]: as stored for "out", transposed for "in".
-    walk = launch.walk_of(rows, length, layer.orientation == "out", r, _F32, target)
+    walk = launch.walk(rows, length, layer.orientation == "out", r, _F32, target)
     dZ = length * r * _F32
     works = []
     shares = dchain = None

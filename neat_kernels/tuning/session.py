@@ -82,13 +82,12 @@ class Session:
     @contextlib.contextmanager
     def _folder_in_force(self) -> Iterator[None]:
         """Launches take what the folder says, wherever it is; afterwards they read their own file again."""
-        by_key = launch.measured_configs()
         entries = self._folder.config_entries()
-        by_key.update((measured.key_of(entry), Config(**entry["config"])) for entry in entries)
+        launch.use_measured({measured.key_of(entry): Config(**entry["config"]) for entry in entries})
         try:
             yield
         finally:
-            launch.measured_configs.cache_clear()
+            launch.forget_measured()
 
     def _pending(self, wanted: list[Item]) -> list[Item]:
         """What this version of the code has not measured. Plans rest on configurations: newer ones, new plans."""
@@ -132,7 +131,7 @@ class Session:
         problem = problems.build(item.table, item.block_r, problems.NOMINAL, self._device)
         outcome = search(key, present, candidates(item.table, present), problem, self._prepare, self._request.rounds)
         self._folder.add_config(key, outcome.chosen, self._source)
-        launch.measured_configs()[key] = outcome.chosen
+        launch.use_measured({key: outcome.chosen})
         came.outcomes.append(outcome)
 
     def _measure_plan(self, item: Item, came: Measured) -> None:

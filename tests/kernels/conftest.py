@@ -37,6 +37,15 @@ def _no_small_batch(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def _nothing_prepared():
+    """A launch prepared under one test's patches is no other test's."""
+    if harness.RUNS:
+        from neat_kernels.kernels import bound
+
+        bound.forget()
+
+
+@pytest.fixture(autouse=True)
 def _addresses():
     """No interpreted kernel of any test leaves the elements of its arguments, or has its programs race."""
     if not harness.INTERPRETED:

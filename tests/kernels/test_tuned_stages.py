@@ -19,9 +19,9 @@ TABLES = [table for table in launch.tables() if stage_of(table) != "gemm descrip
 @pytest.fixture(autouse=True)
 def _nothing_measured(monkeypatch, tmp_path):
     monkeypatch.setattr(launch.measured, "PATH", tmp_path / "none.json")
-    launch.measured_configs.cache_clear()
+    launch.forget_measured()
     yield
-    launch.measured_configs.cache_clear()
+    launch.forget_measured()
 
 
 def key_of(table):
