@@ -142,7 +142,7 @@ def bench(
     ] = None,
     r: Annotated[Whole, option("Rank of the adapter, up to 128.", "16", LAYER, "--r", "--rank")] = None,
     dtype: Annotated[Text, option("bf16, fp16 or fp32.", "bf16", LAYER)] = None,
-    plan: Annotated[Text, option("Of the base GEMM: auto, fused or cublas.", "auto: the model's choice", LAYER)] = None,
+    plan: Annotated[Text, option("auto, fused, cublas or small.", "auto: the model's choice", LAYER)] = None,
     compare: Annotated[
         Place, option("Print predictions beside the measurements of benchmarks.layer_ratio.", "none", FILES)
     ] = None,

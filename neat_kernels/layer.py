@@ -321,7 +321,7 @@ class FusedNeatLinear(nn.Module):
         """The backend and plan that x would take, and why.
 
         Args:
-            x: an input of the layer; only its dtype and device are looked at.
+            x: an input of the layer; only its dtype, its device and the number of its tokens are looked at.
 
         Returns:
             The plan; str() of it is a sentence.
@@ -336,6 +336,8 @@ class FusedNeatLinear(nn.Module):
             self.r,
             self.in_features,
             self.out_features,
+            self.orientation,
+            None if self._features_are_given() else x.shape[:-1].numel(),
         )
 
     def extra_repr(self) -> str:
@@ -377,16 +379,20 @@ class FusedNeatLinear(nn.Module):
 
     def _given_factors(self, x: Tensor) -> Factors | None:
         """D and U where the features need not be computed anew: reused ones, or those of the cache."""
-        if self._reused is not None:
-            return self._as_factors(self._reused.checked(self._feature_parameters()), self.neat_B)
-        if self.training or torch.is_grad_enabled():
+        if not self._features_are_given():
             return None
         parameters = self._feature_parameters()
-        if not self._cache.usable(parameters):
-            return None
+        if self._reused is not None:
+            return self._as_factors(self._reused.checked(parameters), self.neat_B)
         dtype = self.compute_dtype or autocast_dtype(x)
         key = (dtype, self.orientation, self.activation)
         return self._cache.get(parameters, key) or self._cache.put(parameters, key, self._detached_factors(dtype))
+
+    def _features_are_given(self) -> bool:
+        """Whether a forward, here and now, takes reused features or those of the cache."""
+        if self._reused is not None:
+            return True
+        return not (self.training or torch.is_grad_enabled()) and self._cache.usable(self._feature_parameters())
 
     def _detached_factors(self, dtype: torch.dtype) -> Factors:
         # Outside inference mode, so that the cached tensors are ordinary ones and serve later calls in any mode.

@@ -17,9 +17,10 @@ MAX_R = 128
 # Longest reduction for which the fused GEMM is chosen on a device that was not measured and that the cost model does
 # not know.
 FUSED_UP_TO = 2048
-# Tokens and rank, and the rank alone, up to which one read of W each way serves both sides. A rule, since no device was
-# measured; the rank is as large as registers allow (python -m benchmarks.gate).
-SMALL_BATCH, SMALL_BATCH_R = 128, 64
+# Tokens and rank up to which one read of W each way serves both sides of a layer; a rule, since no device was measured.
+# The rank is as large as registers allow (python -m benchmarks.gate). Orientation "out" writes and reads partial sums
+# of the token product, 4·M / 256 of W's bytes (kernels/small_reads.py): at 32 tokens half of the read that it saves.
+SMALL_BATCH, SMALL_BATCH_R, SMALL_BATCH_OUT = 128, 64, 32
 _LOWEST_CAPABILITY = (8, 0)
 _AMD_ARCHS = ("gfx942",)
 
@@ -162,14 +163,22 @@ def choose_gemm(device: torch.device, dtype: torch.dtype, length: int) -> str:
     return "cublas"
 
 
-def is_small_batch(backend: str, x: torch.Tensor, r: int) -> bool:
-    """Whether a layer whose features are not given runs under x [M,·], or dy, by `kernels/small_batch.py`.
+def is_small_batch(
+    backend: str, device: torch.device, dtype: torch.dtype, orientation: str, tokens: int, r: int
+) -> bool:
+    """Whether `kernels/small_batch.py` runs a layer, whose features are not given, under so many tokens of this dtype.
 
-    Asked inside the operators: it depends on the number of tokens, which must not be part of their arguments.
+    Asked inside the operators: the number of tokens must not be part of their arguments.
     """
-    tokens = x.shape[0]
-    multiplies = x.dtype in HALF_DTYPES or x.device.type == "cpu"
-    return backend != "torch" and multiplies and r <= SMALL_BATCH_R and 0 < tokens <= SMALL_BATCH - r
+    multiplies = dtype in HALF_DTYPES or device.type == "cpu"
+    return backend != "torch" and multiplies and 0 < tokens <= most_of_a_small_batch(orientation, r)
+
+
+def most_of_a_small_batch(orientation: str, r: int) -> int:
+    """The most tokens that are few for a layer; 0 where its rank is too large for any."""
+    if r > SMALL_BATCH_R:
+        return 0
+    return min(SMALL_BATCH - r, SMALL_BATCH_OUT) if orientation == "out" else SMALL_BATCH - r
 
 
 def token_backend(backend: str, device: torch.device, dtype: torch.dtype, in_features: int, out_features: int) -> str:
@@ -193,12 +202,21 @@ def make_plan(
     r: int,
     in_features: int,
     out_features: int,
+    orientation: str = "out",
+    tokens: int | None = None,
 ) -> Plan:
-    """The plan that an input of this dtype on this device would take, for `FusedNeatLinear.explain`."""
+    """The plan that an input of this dtype on this device would take, for `FusedNeatLinear.explain`.
+
+    `tokens` is how many there are where the features are computed along, else None.
+    """
     backend = choose_backend(requested, device, (dtype, adapter_dtype), r)
     asked = "requested" if requested != "auto" else _why_auto(device, (dtype, adapter_dtype), r)
     if backend == "triton":
         apply, dgrad = gemm_plans(token_backend(backend, device, dtype, in_features, out_features))
+        if tokens is not None and is_small_batch(backend, device, dtype, orientation, tokens, r):
+            most = most_of_a_small_batch(orientation, r)
+            why = f"x and the features share a read of W up to {most} tokens, a rule"
+            return Plan(backend, "small batch", f"{asked}; {why}{_measured_launches(device)}")
         gemm = apply if apply == dgrad else f"{apply} forward, {dgrad} backward"
         return Plan(backend, gemm, f"{asked}; {_why_gemm(device, dtype)}{_measured_launches(device)}")
     if casts_blocks(device, dtype):

@@ -28,6 +28,9 @@ LAYERS = {
     "wide": Layer(512, 2048, 768, bias=True),
     "few tokens": Layer(16, 1024, 1024),
     "one token": Layer(1, 1024, 768),
+    "few tokens, in": Layer(64, 1024, 768, r=33, orientation="in", bias=True),
+    "few tokens, chain": Layer(32, 768, 1024, depth=2),
+    "few tokens, half adapter": Layer(40, 768, 1024, r=64, adapter_dtype="bf16", orientation="in", depth=1),
     "odd rank": Layer(1024, 768, 768, r=7),
     "rank 128": Layer(640, 512, 1024, r=128),
     "no descriptor": Layer(256, 516, 516),
@@ -38,6 +41,7 @@ LAYERS = {
     "fp32": Layer(512, 768, 1024, dtype="fp32"),
 }
 ELSEWHERE = [("sm_80", "chain"), ("sm_89", "wide"), ("sm_100", "many tokens"), ("gfx942", "in")]
+SMALL_ELSEWHERE = [("sm_80", "few tokens, in"), ("sm_100", "few tokens"), ("gfx942", "few tokens, chain")]
 
 # Operands that a launch is given and does not touch, since a later launch makes them or the chain's has used them.
 _UNTOUCHED = {
@@ -58,7 +62,9 @@ def case_of(layer):
 @pytest.fixture
 def use_plan(monkeypatch):
     def use(plan):
-        monkeypatch.setattr("neat_kernels.plan.choose_gemm", lambda device, dtype, length: plan)
+        if plan != "small":
+            monkeypatch.setattr("neat_kernels.plan.choose_gemm", lambda device, dtype, length: plan)
+            monkeypatch.setattr("neat_kernels.plan.SMALL_BATCH", 0)
         monkeypatch.setattr("neat_kernels.plan.device_obstacle", lambda device: None)
 
     return use
@@ -97,12 +103,9 @@ def assert_modelled(layer, device, plan, launches, torch_side):
     assert Counter(torch_side) == Counter(of_torch)
 
 
-@pytest.mark.parametrize("plan", steps.PLANS)
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(("name", "plan"), [(name, plan) for name in LAYERS for plan in steps.plans(LAYERS[name])])
 def test_a_training_step_launches_what_the_model_says(name, plan, use_plan, on_h200):
     layer = LAYERS[name]
-    if plan not in steps.plans(layer):
-        pytest.skip("fp32 has no such plan on a GPU")
     use_plan(plan)
     torch_side = launched(layer, on_h200)
     assert_modelled(layer, devices.DEVICES["H200"], plan, on_h200, torch_side)
@@ -116,7 +119,15 @@ def test_and_so_it_does_on_other_devices(target, name, use_plan):
     assert_modelled(LAYERS[name], devices.DEVICES[ON_TARGET[target]], "cublas", launches, torch_side)
 
 
-@pytest.mark.parametrize("plan", steps.PLANS)
+@pytest.mark.parametrize(("target", "name"), SMALL_ELSEWHERE)
+def test_few_tokens_on_other_devices(target, name, use_plan):
+    use_plan("small")
+    with capture(target) as launches:
+        torch_side = launched(LAYERS[name], launches)
+    assert_modelled(LAYERS[name], devices.DEVICES[ON_TARGET[target]], "small", launches, torch_side)
+
+
+@pytest.mark.parametrize("plan", steps.GEMM_PLANS)
 def test_inference_with_cached_features_launches_what_the_model_says(plan, use_plan, on_h200):
     layer = Layer(16, 1024, 768)
     use_plan(plan)

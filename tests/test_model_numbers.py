@@ -104,7 +104,7 @@ LAYERS = st.builds(
 
 class TestProperties:
     @settings(max_examples=60, deadline=None)
-    @given(LAYERS, st.sampled_from(list(devices.DEVICES.values())), st.sampled_from(steps.PLANS))
+    @given(LAYERS, st.sampled_from(list(devices.DEVICES.values())), st.sampled_from(steps.GEMM_PLANS))
     def test_more_tokens_take_longer_and_nothing_beats_the_floor(self, layer, device, plan):
         more = dataclasses.replace(layer, tokens=2 * layer.tokens)
         for step in (lambda one: steps.training(one, device, plan), peers.peft_lora, peers.frozen):
@@ -116,7 +116,7 @@ class TestProperties:
         assert ratio(peers.peft_lora(layer), layer, device) > 1
 
     @settings(max_examples=60, deadline=None)
-    @given(LAYERS, st.sampled_from(steps.PLANS))
+    @given(LAYERS, st.sampled_from(steps.GEMM_PLANS))
     def test_every_large_matrix_is_read_by_the_stages_that_need_it_and_no_byte_is_negative(self, layer, plan):
         step = steps.training(layer, H200, plan)
         for work in step.launches:
@@ -125,7 +125,7 @@ class TestProperties:
         assert sum(W == size for work in step.launches for name, size in work.reads.items() if name == "w_ptr") == 2
 
     @settings(max_examples=60, deadline=None)
-    @given(LAYERS, st.sampled_from(steps.PLANS), st.floats(1.1, 10))
+    @given(LAYERS, st.sampled_from(steps.GEMM_PLANS), st.floats(1.1, 10))
     def test_a_faster_device_is_faster(self, layer, plan, factor):
         step = steps.training(layer, H200, plan)
         base = predict.total(step.launches, H200).seconds
@@ -363,8 +363,8 @@ def test_the_table_in_the_documentation_is_what_the_model_says():
     for *sizes, floor, ratios in rows:
         layer = Layer(*map(int, sizes))
         narrow = dataclasses.replace(layer, adapter_dtype="bf16")
-        ways = [steps.training(layer, H200, plan) for plan in steps.PLANS]
+        ways = [steps.training(layer, H200, plan) if plan in steps.plans(layer) else None for plan in steps.PLANS]
         ways += [peers.peft_lora(narrow), peers.peft_lora(layer)]
         ways.append(steps.inference(layer, H200, steps.chosen_plan(layer, H200)))
         assert floor == f"{1e6 * predict.total(peers.frozen(layer).launches, H200).seconds:.1f}"
-        assert ratios.split(" | ") == [f"{ratio(way, layer, H200):.2f}" for way in ways]
+        assert ratios.split(" | ") == ["" if way is None else f"{ratio(way, layer, H200):.2f}" for way in ways]

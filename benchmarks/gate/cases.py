@@ -19,7 +19,7 @@ from neat_kernels.kernels.down_backward import down_backward
 from neat_kernels.kernels.merge import merge
 from neat_kernels.kernels.small_tokens import down_partial, finish_tokens
 from neat_kernels.kernels.up_backward import up_backward
-from neat_kernels.plan import SMALL_BATCH
+from neat_kernels.plan import most_of_a_small_batch
 from neat_kernels.torch_backend.low_rank import Branch
 
 _M, _N, _K = 2048, 4096, 4096
@@ -110,9 +110,9 @@ def _small(dtype: torch.dtype, r: int, adapter_dtype: torch.dtype = torch.float3
     """Both orientations, for few tokens and for all that r leaves room for."""
     W, bias = torch.empty(_N, _K, dtype=dtype), torch.empty(_N, dtype=dtype)
     branch = Branch(0.5, 0.0, None)
-    for tokens in (16, 32, SMALL_BATCH - r):
-        x, dy = torch.empty(tokens, _K, dtype=dtype), torch.empty(tokens, _N, dtype=dtype)
-        for orientation, columns in (("out", _N), ("in", _K)):
+    for orientation, columns in (("out", _N), ("in", _K)):
+        for tokens in sorted({16, 32, most_of_a_small_batch(orientation, r)}):
+            x, dy = torch.empty(tokens, _K, dtype=dtype), torch.empty(tokens, _N, dtype=dtype)
             A, B = torch.empty(r, columns, dtype=adapter_dtype), torch.empty(columns, r, dtype=adapter_dtype)
             network = (None, None, orientation, "sin2pi", branch)
             _, S, H, Z = small_batch.forward(x, W, bias, A, B, *network)

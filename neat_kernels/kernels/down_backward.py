@@ -1,7 +1,7 @@
 """The down stage backward: dD = x̃ᵀ·dS, x̃ = x ∘ mask / (1 - p) under dropout, else x.
 
 x [M,K], dS [M,r] in the branch dtype → dD [K,r]. Reads x once. Two ordered stages: partial sums fp32 [pieces,K,r] over
-pieces of the tokens, then their sum.
+pieces of the tokens, then their sum; a single piece in fp32 is dD itself.
 """
 
 import torch
@@ -29,6 +29,7 @@ def _down_backward_kernel(
     stride_xm,
     stride_xk,
     threshold,
+    inv_keep,
     R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -42,6 +43,8 @@ def _down_backward_kernel(
         x_ptr, ds_ptr, None, seed_ptr, offs_k, K, M, piece, steps, stride_xk, stride_xm, R, 1, 1, K, threshold,
         R, BLOCK_M, BLOCK_R, ds_ptr.dtype.element_ty, None, DROPOUT, PRECISION,
     )  # [BLOCK_K, BLOCK_R]  # fmt: skip
+    if DROPOUT:
+        acc = acc * inv_keep
     offs, mask = narrow_tile(offs_k, K, R, BLOCK_R)
     tl.store(partial_ptr + tl.cast(piece, tl.int64) * K * R + offs, acc, mask=mask)
 
@@ -52,7 +55,9 @@ def down_backward(x: Tensor, dS: Tensor, seed: Tensor | None, dropout: float, dt
     pieces, bound = _prepare(launch.target(x.device), M, K, x.stride(), r, dS.element_size(), seed is not None, dropout)
     partial = x.new_empty((pieces, K, r), dtype=torch.float32)
     bound(x, dS, partial, seed)
-    return reduce(partial, x.new_empty((K, r), dtype=dtype), 1.0 / (1.0 - dropout))
+    if pieces == 1 and dtype == torch.float32:
+        return partial[0]
+    return reduce(partial, x.new_empty((K, r), dtype=dtype))
 
 
 @prepared
@@ -66,7 +71,7 @@ def _prepare(
     return pieces, Bound(
         _down_backward_kernel,
         (blocks, pieces),
-        (M, K, steps, *x_stride, threshold(dropout)),
+        (M, K, steps, *x_stride, threshold(dropout), 1.0 / (1.0 - dropout)),
         R=r,
         BLOCK_K=config.block_m,
         BLOCK_M=config.block_k,

@@ -41,19 +41,44 @@ def sum_block(partial_ptr, out_ptr, pid, size, pieces, scaling, BLOCK: tl.conste
     tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=offs < size)
 
 
-@triton.jit(do_not_specialize=["pieces"])
-def _reduce_kernel(partial_ptr, out_ptr, size, pieces, scaling, BLOCK: tl.constexpr, BLOCK_PIECES: tl.constexpr):
-    sum_block(partial_ptr, out_ptr, tl.program_id(0), size, pieces, scaling, BLOCK, BLOCK_PIECES)
+@triton.jit(do_not_specialize=["pieces", "also_pieces"])
+def _reduce_kernel(
+    partial_ptr,
+    out_ptr,
+    also_partial_ptr,
+    also_out_ptr,
+    size,
+    pieces,
+    also_size,
+    also_pieces,
+    scaling,
+    BLOCK: tl.constexpr,
+    BLOCK_PIECES: tl.constexpr,
+):
+    pid, blocks = tl.program_id(0), tl.cdiv(size, BLOCK)
+    if pid < blocks:
+        sum_block(partial_ptr, out_ptr, pid, size, pieces, scaling, BLOCK, BLOCK_PIECES)
+    elif also_out_ptr is not None:
+        sum_block(also_partial_ptr, also_out_ptr, pid - blocks, also_size, also_pieces, 1.0, BLOCK, BLOCK_PIECES)
 
 
-def reduce(partial: Tensor, out: Tensor, scaling: float = 1.0) -> Tensor:
-    """Sum partial [pieces, ...] over its first dimension into `out`, contiguous."""
-    _prepare(out.numel(), partial.shape[0], scaling)(partial, out)
+def reduce(
+    partial: Tensor, out: Tensor, scaling: float = 1.0, also: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)
+) -> Tensor:
+    """Sum partial [pieces, ...] over its first dimension into `out`, contiguous; beside it another one, unscaled."""
+    shares, sums = also
+    of_also = (0, 0) if shares is None or sums is None else (sums.numel(), shares.shape[0])
+    _prepare(out.numel(), partial.shape[0], *of_also, scaling)(partial, out, shares, sums)
     return out
 
 
 @prepared
-def _prepare(size: int, pieces: int, scaling: float) -> Bound:
-    numbers = (size, pieces, scaling)
-    per_load = block_pieces(BLOCK)
-    return Bound(_reduce_kernel, (launch.cdiv(size, BLOCK),), numbers, BLOCK=BLOCK, BLOCK_PIECES=per_load, num_warps=4)
+def _prepare(size: int, pieces: int, also_size: int, also_pieces: int, scaling: float) -> Bound:
+    return Bound(
+        _reduce_kernel,
+        (launch.cdiv(size, BLOCK) + launch.cdiv(also_size, BLOCK),),
+        (size, pieces, also_size, also_pieces, scaling),
+        BLOCK=BLOCK,
+        BLOCK_PIECES=block_pieces(BLOCK),
+        num_warps=4,
+    )

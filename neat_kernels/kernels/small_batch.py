@@ -85,11 +85,13 @@ def backward(
             dZ, shares = through_chain(dZ, Z, chain.contiguous(), activation, need_dchain)
             through = None
         P, Q = read_once(Operands(weight.t(), dy, dZ, Z, through, torch.float32, crossed), transposed=True)
-        dA = reduce(Q, dy.new_empty(Q.shape[1:], dtype=dA_dtype))
-        dchain = None
-        if shares is not None:
+        dA, dchain = dy.new_empty(Q.shape[1:], dtype=dA_dtype), None
+        if shares is None:
+            reduce(Q, dA)
+        else:
             assert chain is not None
-            dchain = reduce(shares, torch.empty_like(chain, memory_format=torch.contiguous_format))
+            dchain = torch.empty_like(chain, memory_format=torch.contiguous_format)
+            reduce(Q, dA, also=(shares, dchain))
         dx = finish_tokens(P, dS, None, D, None, 1.0, dy.dtype, seed, branch.dropout)
     dB, dchain, dbias = (dy.new_empty(0) if gradient is None else gradient for gradient in (dB, dchain, dbias))
     return dx, dA, dB, dchain, dbias

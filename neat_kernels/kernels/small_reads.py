@@ -207,7 +207,8 @@ def _prepare(
     owned, walked = (length, rows) if crossed else (rows, length)
     block_owned, block_walked = (config.block_k, config.block_m) if crossed else (config.block_m, config.block_k)
     blocks = launch.cdiv(owned, block_owned)
-    pieces, steps = launch.split(blocks, walked, block_walked, place)
+    fill = launch.up_backward_fill(place) if crossed else 2.0
+    pieces, steps = launch.split(blocks, walked, block_walked, place, fill)
     of_Q = (pieces, r, owned) if transposed else (pieces, owned, r)
     bound = Bound(
         _crossed_kernel if crossed else _stacked_kernel,

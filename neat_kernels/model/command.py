@@ -18,11 +18,12 @@ from neat_kernels.finetune.files import write_atomically
 from neat_kernels.finetune.settings import UsageError
 from neat_kernels.model.devices import Device, named
 from neat_kernels.model.predict import Comparison, compare_steps
-from neat_kernels.model.work import HALF, ITEMSIZE, Layer
+from neat_kernels.model.work import HALF, ITEMSIZE, Layer, is_small_batch
+from neat_kernels.plan import most_of_a_small_batch
 
 # The project's budgets are set for these: two large layers, one that is bound by launches, one of few tokens.
 SHAPES = ("8192x4096x4096", "8192x4096x14336", "2048x768x768", "16x4096x4096")
-PLANS = ("auto", "fused", "cublas")
+PLANS = ("auto", "fused", "cublas", "small")
 MEASURED_BY = "make bench"
 
 
@@ -96,7 +97,14 @@ def _request(options: Mapping[str, Any]) -> Request:
     shapes = options["shape"] or SHAPES
     _check_file(options["json"], options["overwrite"])
     device = named("H200" if options["device"] is None else options["device"])
-    return Request(device, tuple(Layer(*_parse(shape), r, dtype) for shape in shapes), plan, options["json"])
+    layers = tuple(Layer(*_parse(shape), r, dtype) for shape in shapes)
+    large = next((layer for layer in layers if plan == "small" and not is_small_batch(layer)), None)
+    if large is not None:
+        raise UsageError(
+            f"--plan small takes half precision and at r={r} up to {most_of_a_small_batch(large.orientation, r)} tokens; "
+            f"got {large.shape} in {dtype}"
+        )
+    return Request(device, layers, plan, options["json"])
 
 
 def _check_file(file: Path | None, overwrite: bool) -> None:

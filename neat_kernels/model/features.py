@@ -27,7 +27,8 @@ def _chain_elements(layer: Layer) -> int:
     return 2 * layer.depth * layer.r * layer.r
 
 
-def _chain(layer: Layer) -> int | None:
+def chain(layer: Layer) -> int | None:
+    """Bytes of the chain, None without one."""
     return _chain_elements(layer) * layer.adapter_itemsize if layer.depth else None
 
 
@@ -35,10 +36,10 @@ def _trace(layer: Layer, planes: int) -> int | None:
     return planes * feature_rows(layer)[0] * layer.r * _F32 if layer.depth else None
 
 
-def _stack(layer: Layer) -> tuple[Work, ...]:
+def stack(layer: Layer) -> tuple[Work, ...]:
     """Encoders and decoders become one tensor."""
-    chain = _chain(layer)
-    return () if chain is None else (Work("torch.stack", {"layers": chain}, {"chain": chain}),)
+    size = chain(layer)
+    return () if size is None else (Work("torch.stack", {"layers": size}, {"chain": size}),)
 
 
 def forward(layer: Layer, target: launch.Target) -> tuple[Work, ...]:
@@ -48,29 +49,37 @@ def forward(layer: Layer, target: launch.Target) -> tuple[Work, ...]:
     # W as stored is [N,K]: in its transpose the rows are not contiguous.
     walk = launch.walk(rows, length, layer.orientation == "in", r, ITEMSIZE.get(unit, _F32), target)
     H = rows * r * _F32
-    through_chain = 2 * layer.depth * 2 * rows * R * R
-    # What applies g: the kernel itself, or the one that adds its partial sums.
-    g_reads = present(chain_ptr=_chain(layer), trace_ptr=_trace(layer, 2 * layer.depth))
-    g_writes = present(h_ptr=H, trace_ptr=_trace(layer, 2 * layer.depth))
     reads = {"w_ptr": layer.out_features * layer.in_features * layer.itemsize}
     reads["a_ptr"] = r * length * layer.adapter_itemsize
     product = 2 * rows * length * R
     if walk.pieces == 1:
+        g_reads, g_writes, through_chain = _g(layer)
         whole = Work(
             "features._project_kernel", reads | g_reads, {"z_ptr": H} | g_writes, product + through_chain, unit
         )
-        return (*_stack(layer), whole)
-    partial = walk.pieces * H
-    return (
-        *_stack(layer),
-        Work("features._project_kernel", reads, {"z_ptr": partial}, product, unit),
-        Work(
-            "features._finish_kernel",
-            {"partial_ptr": partial} | g_reads,
-            {"z_ptr": H} | g_writes,
-            walk.pieces * rows * r + through_chain,
-            precision_unit(target) if layer.depth else "fp32",
-        ),
+        return (*stack(layer), whole)
+    project = Work("features._project_kernel", reads, {"z_ptr": walk.pieces * H}, product, unit)
+    return (*stack(layer), project, finish(layer, target, walk.pieces))
+
+
+def _g(layer: Layer) -> tuple[dict[str, int], dict[str, int], int]:
+    """What a kernel that applies g reads, writes and computes for it."""
+    rows, r, R = feature_rows(layer)[0], layer.r, launch.block_r(layer.r)
+    trace = _trace(layer, 2 * layer.depth)
+    reads, writes = present(chain_ptr=chain(layer), trace_ptr=trace), present(h_ptr=rows * r * _F32, trace_ptr=trace)
+    return reads, writes, 2 * layer.depth * 2 * rows * R * R
+
+
+def finish(layer: Layer, target: launch.Target, pieces: int) -> Work:
+    """H and Z from partial sums of Z."""
+    g_reads, g_writes, through_chain = _g(layer)
+    Z = feature_rows(layer)[0] * layer.r * _F32
+    return Work(
+        "features._finish_kernel",
+        {"partial_ptr": pieces * Z} | g_reads,
+        {"z_ptr": Z} | g_writes,
+        pieces * Z // _F32 + through_chain,
+        precision_unit(target) if layer.depth else "fp32",
     )
 
 
@@ -81,36 +90,38 @@ def backward(layer: Layer, target: launch.Target) -> tuple[Work, ...]:
     # From here on W is [rows, length]: as stored for "out", transposed for "in".
     walk = launch.walk(rows, length, layer.orientation == "out", r, _F32, target)
     dZ = length * r * _F32
-    works = []
-    shares = dchain = None
-    if layer.depth:
-        blocks = launch.cdiv(length, launch.config("chain", target, r, _F32).block_m)
-        shares, dchain = blocks * _chain_elements(layer) * _F32, _chain(layer)
-        trace = _trace(layer, 2 * layer.depth + 1)
-        works.append(
-            Work(
-                "features_backward._chain_backward_kernel",
-                present(dh_ptr=dZ, z_ptr=dZ, chain_ptr=_chain(layer), trace_ptr=trace),
-                present(dz_ptr=dZ, dchain_ptr=shares, trace_ptr=trace),
-                # Forward again, its products again for σ', dE and dh.
-                2 * layer.depth * 4 * 2 * length * R * R,
-                unit,
-            )
-        )
+    works, shares = through_chain(layer, target)
+    dchain = chain(layer)
     dA = r * rows * layer.adapter_itemsize
     partial = dA if walk.pieces == 1 else walk.pieces * r * rows * _F32
     W = layer.out_features * layer.in_features * layer.itemsize
-    works.append(
-        Work(
-            "features_backward._weight_kernel",
-            present(w_ptr=W, dh_ptr=dZ, z_ptr=None if layer.depth else dZ, shares_ptr=shares),
-            present(da_ptr=partial, dchain_ptr=dchain),
-            2 * rows * length * R,
-            unit,
-        )
+    weight = Work(
+        "features_backward._weight_kernel",
+        present(w_ptr=W, dh_ptr=dZ, z_ptr=None if layer.depth else dZ, shares_ptr=shares),
+        present(da_ptr=partial, dchain_ptr=dchain),
+        2 * rows * length * R,
+        unit,
     )
-    if walk.pieces > 1:
-        works.append(
-            Work("reduce._reduce_kernel", {"partial_ptr": partial}, {"out_ptr": dA}, walk.pieces * r * rows, "fp32")
-        )
-    return tuple(works)
+    if walk.pieces == 1:
+        return (*works, weight)
+    reduce = Work("reduce._reduce_kernel", {"partial_ptr": partial}, {"out_ptr": dA}, walk.pieces * r * rows, "fp32")
+    return (*works, weight, reduce)
+
+
+def through_chain(layer: Layer, target: launch.Target) -> tuple[tuple[Work, ...], int | None]:
+    """dZ and the shares of dchain, and the bytes of these; nothing without a chain."""
+    if not layer.depth:
+        return (), None
+    rows, r, R = feature_rows(layer)[0], layer.r, launch.block_r(layer.r)
+    dZ, trace = rows * r * _F32, _trace(layer, 2 * layer.depth + 1)
+    blocks = launch.cdiv(rows, launch.config("chain", target, r, _F32).block_m)
+    shares = blocks * _chain_elements(layer) * _F32
+    work = Work(
+        "features_backward._chain_backward_kernel",
+        present(dh_ptr=dZ, z_ptr=dZ, chain_ptr=chain(layer), trace_ptr=trace),
+        present(dz_ptr=dZ, dchain_ptr=shares, trace_ptr=trace),
+        # Forward again, its products again for σ', dE and dh.
+        2 * layer.depth * 4 * 2 * rows * R * R,
+        precision_unit(target),
+    )
+    return (work,), shares

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from neat_kernels.kernels import launch
-from neat_kernels.model import features, tokens
+from neat_kernels.model import features, small, tokens
 from neat_kernels.model.devices import Device
 from neat_kernels.model.gemm import fused_up_to
-from neat_kernels.model.work import HALF, Layer, Step
+from neat_kernels.model.work import HALF, Layer, Step, is_small_batch
 from neat_kernels.plan import FUSED_UP_TO
 
-PLANS = ("fused", "cublas")
+# Plans of the base GEMM, and the one of a small batch, which has none.
+GEMM_PLANS = ("fused", "cublas")
+PLANS = (*GEMM_PLANS, "small")
 
 
 def plans(layer: Layer) -> tuple[str, ...]:
     """The plans that the kernels have for a layer: fp32 goes to the vendor's GEMM alone."""
-    return PLANS if layer.dtype in HALF else ("cublas",)
+    gemms = GEMM_PLANS if layer.dtype in HALF else ("cublas",)
+    return (*gemms, "small") if is_small_batch(layer) else gemms
 
 
 def target_of(device: Device) -> launch.Target:
@@ -29,9 +32,11 @@ def aligned_loads(device: Device) -> str:
 
 def training(layer: Layer, device: Device, plan: str) -> Step:
     """One training step of a layer whose adapter and input need gradients, by one plan or two ("fused:cublas")."""
-    apply, dgrad = split_plan(plan)
     target = target_of(device)
     side = tokens.Tokens(layer, target)
+    if plan == "small":
+        return Step(f"neat-kernels, {plan}", small.forward(side), small.backward(side))
+    apply, dgrad = split_plan(plan)
     return Step(
         f"neat-kernels, {plan}",
         features.forward(layer, target) + tokens.forward(side, apply),
@@ -40,7 +45,8 @@ def training(layer: Layer, device: Device, plan: str) -> Step:
 
 
 def inference(layer: Layer, device: Device, plan: str) -> Step:
-    """One forward with cached features."""
+    """One forward with cached features, which leave nothing to share with a read of W: "small" is the chosen GEMM."""
+    plan = _chosen_gemm(layer, device) if plan == "small" else plan
     apply, _ = split_plan(plan)
     side = tokens.Tokens(layer, target_of(device), cached=True)
     return Step(f"neat-kernels, {plan}, cached features", tokens.forward(side, apply))
@@ -53,7 +59,11 @@ def split_plan(plan: str) -> tuple[str, str]:
 
 
 def chosen_plan(layer: Layer, device: Device) -> str:
-    """The plan that the layer takes on a device where nobody has measured any."""
+    """The plan that the layer takes in training on a device where nobody has measured any."""
+    return "small" if is_small_batch(layer) else _chosen_gemm(layer, device)
+
+
+def _chosen_gemm(layer: Layer, device: Device) -> str:
     if layer.dtype not in HALF:
         return "cublas"
     limit = fused_up_to(device, layer.dtype)

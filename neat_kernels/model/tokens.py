@@ -111,10 +111,11 @@ def accumulating(layer: Layer, sizes: tuple[int, int, int], reads: dict[str, int
 
 def backward(side: Tokens, plan: str) -> tuple[Work, ...]:
     """up backward, its finish, dgrad, down backward and its sum."""
-    return (*_up_backward(side, plan), _dgrad(side, plan), *_down_backward(side))
+    return (*up_backward(side, plan), _dgrad(side, plan), *down_backward(side))
 
 
-def _up_backward(side: Tokens, plan: str) -> tuple[Work, ...]:
+def up_backward(side: Tokens, plan: str) -> tuple[Work, ...]:
+    """dS and dU in partial sums and their sums; in plan cublas the product of dS too."""
     layer = side.layer
     M, N, K, r, R = layer.tokens, layer.out_features, layer.in_features, layer.r, launch.block_r(layer.r)
     config = side.config("up_backward")
@@ -148,14 +149,15 @@ def _dgrad(side: Tokens, plan: str) -> Work:
     return accumulating(layer, (M, K, N), operands)
 
 
-def _down_backward(side: Tokens) -> tuple[Work, ...]:
+def down_backward(side: Tokens) -> tuple[Work, ...]:
+    """dD in partial sums and their sum, which a single piece in fp32 does without."""
     layer = side.layer
     M, K, r, R = layer.tokens, layer.in_features, layer.r, launch.block_r(layer.r)
     config = side.config("columns")
     pieces, _ = launch.split(launch.cdiv(K, config.block_m), M, config.block_k, side.target)
-    partial = pieces * K * r * _F32
+    partial, dD = pieces * K * r * _F32, side.factor("D")
     reads = {"x_ptr": side.matrix(M, K), "ds_ptr": M * r * layer.itemsize}
-    return (
-        Work("down_backward._down_backward_kernel", reads, {"partial_ptr": partial}, 2 * M * K * R, side.unit),
-        Work("reduce._reduce_kernel", {"partial_ptr": partial}, {"out_ptr": side.factor("D")}, pieces * K * r),
-    )
+    work = Work("down_backward._down_backward_kernel", reads, {"partial_ptr": partial}, 2 * M * K * R, side.unit)
+    if partial == dD:
+        return (work,)
+    return work, Work("reduce._reduce_kernel", {"partial_ptr": partial}, {"out_ptr": dD}, pieces * K * r)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from neat_kernels.plan import MAX_R
+from neat_kernels.plan import MAX_R, most_of_a_small_batch
 from neat_kernels.vocabulary import ORIENTATIONS, check_choice, check_int
 
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -64,6 +64,11 @@ class Layer:
     def adapter_itemsize(self) -> int:
         """Bytes of an element of the adapter's parameters."""
         return ITEMSIZE[self.adapter_dtype]
+
+
+def is_small_batch(layer: Layer) -> bool:
+    """Whether one read of W each way is how the kernels train a layer on a GPU."""
+    return layer.dtype in HALF and layer.tokens <= most_of_a_small_batch(layer.orientation, layer.r)
 
 
 @dataclass(frozen=True)

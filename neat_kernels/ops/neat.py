@@ -40,7 +40,7 @@ def _neat_linear(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     branch = Branch(scaling, dropout, compute_dtype, backend)
-    if is_small_batch(backend, x, A.shape[0]):
+    if is_small_batch(backend, x.device, x.dtype, orientation, x.shape[0], A.shape[0]):
         small = implementation("small_batch", backend)
         return small.forward(x, weight, bias, A, B, chain, seed, orientation, activation, branch)
     H, Z = implementation("features", backend).forward(weight, A, chain, orientation, activation)
@@ -90,7 +90,12 @@ def _neat_linear_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     branch = Branch(scaling, dropout, compute_dtype, backend)
-    if need_dx and dA_dtype is not None and Z is not None and is_small_batch(backend, dy, Z.shape[1]):
+    if (
+        need_dx
+        and dA_dtype is not None
+        and Z is not None
+        and is_small_batch(backend, dy.device, dy.dtype, orientation, dy.shape[0], Z.shape[1])
+    ):
         small = implementation("small_batch", backend)
         dtypes = dA_dtype, dB_dtype, need_dchain, dbias_dtype
         return small.backward(dy, x, weight, B, chain, S, H, Z, seed, orientation, activation, branch, *dtypes)

@@ -14,10 +14,10 @@ from neat_kernels.kernels import small_batch
 from neat_kernels.torch_backend.low_rank import Branch
 from neat_kernels.vocabulary import ACTIVATIONS, HALF_DTYPES, ORIENTATIONS
 
-SHAPE = (37, 45, 70, 5)
+SHAPE = (29, 45, 70, 5)
 ROWS = pairwise.rows(
     {
-        "tokens": [1, 3, 16, 33, 64],
+        "tokens": [1, 3, 16, 32],
         "matrix": [(1, 1), (1, 29), (37, 1), (64, 64), (97, 131), (29, 419), (419, 29)],
         "r": [1, 4, 8, 16, 33, 64],
         "dtype": DTYPES,
@@ -65,8 +65,18 @@ def test_every_pair_of_options(row, monkeypatch, calls):
     assert calls == expected
 
 
-@pytest.mark.parametrize("orientation", ORIENTATIONS)
-@pytest.mark.parametrize("shape", [(16, 300, 70, 5), (112, 70, 300, 16), (64, 45, 70, 64)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "orientation"),
+    [
+        ((16, 300, 70, 5), "out"),
+        ((32, 70, 300, 64), "out"),
+        ((32, 300, 70, 16), "in"),
+        ((33, 45, 150, 33), "in"),
+        ((64, 45, 70, 64), "in"),
+        ((112, 70, 300, 16), "in"),
+    ],
+    ids=str,
+)
 def test_the_largest_and_several_pieces(shape, orientation, monkeypatch, calls):
     use_multiprocessors(monkeypatch, 1000)
     check(draw(*shape, dtype=torch.bfloat16, orientation=orientation, depth=1))
@@ -98,36 +108,48 @@ def test_autocast_over_an_fp32_layer(dtype, orientation, calls):
 @pytest.mark.parametrize(
     ("trained", "small"),
     [
-        ({"x", "A"}, True),
-        ({"x", "A", "encoders.0"}, True),
-        ({"x", "A", "B"}, True),
-        ({"x", "B", "bias"}, False),
-        ({"A", "B", "bias"}, False),
-        ({"x", "decoders.0"}, False),
+        (("x", "A"), True),
+        (("x", "A", "encoders.0"), True),
+        (("x", "A", "B"), True),
+        (("x", "B", "bias"), False),
+        (("A", "B", "bias"), False),
+        (("x", "decoders.0"), False),
     ],
     ids=str,
 )
 def test_some_gradients(trained, small, orientation, calls):
     case = draw(*SHAPE, dtype=torch.bfloat16, orientation=orientation, depth=1)
-    check(case, frozen={"x", "A", "B", "bias", "encoders.0", "decoders.0"} - trained)
+    check(case, frozen={"x", "A", "B", "bias", "encoders.0", "decoders.0"} - set(trained))
     assert calls == ["forward", "backward"] if small else ["forward"]
 
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
 def test_two_runs_are_bit_equal(orientation, monkeypatch):
     use_multiprocessors(monkeypatch, 1000)
-    case = draw(35, 269, 131, 5, dtype=torch.bfloat16, depth=1, orientation=orientation)
+    case = draw(31, 269, 131, 5, dtype=torch.bfloat16, depth=1, orientation=orientation)
     use_seed(monkeypatch, case, 0.5)
     first = fused(case)
     for name, value in fused(case).items():
         assert torch.equal(value, first[name]), name
 
 
-@pytest.mark.parametrize(("tokens", "r"), [(112, 16), (113, 16), (127, 1), (128, 1), (64, 64), (3, 65), (0, 4)])
-def test_where_it_begins(tokens, r, calls):
-    case = draw(tokens, 40, 50, r, dtype=torch.bfloat16)
-    check(case)
-    assert bool(calls) == (r <= 64 and 0 < tokens <= 128 - r)
+@pytest.mark.parametrize(
+    ("orientation", "tokens", "r", "small"),
+    [
+        ("in", 112, 16, True),
+        ("in", 113, 16, False),
+        ("in", 127, 1, True),
+        ("in", 64, 64, True),
+        ("in", 3, 65, False),
+        ("in", 0, 4, False),
+        ("out", 32, 64, True),
+        ("out", 33, 4, False),
+        ("out", 0, 4, False),
+    ],
+)
+def test_where_it_begins(orientation, tokens, r, small, calls):
+    check(draw(tokens, 40, 50, r, dtype=torch.bfloat16, orientation=orientation))
+    assert bool(calls) == small
 
 
 def test_features_that_are_given_are_not_made_again(calls):
@@ -141,10 +163,10 @@ def test_another_backend_has_no_such_plan(calls):
     case = draw(*SHAPE, dtype=torch.bfloat16)
     nk.functional.neat_linear(case.x, case.weight, case.A, case.B, backend="torch")
     assert not calls
-    assert not plan.is_small_batch("torch", case.x, 5)
+    assert not plan.is_small_batch("torch", case.x.device, case.x.dtype, "out", 29, 5)
 
 
-def call_of(orientation, dtype, r=5, tokens=M // 2, depth=0, dropout=0.0, bias=True):
+def call_of(orientation, dtype, r=5, tokens=M // 3, depth=0, dropout=0.0, bias=True):
     """Arguments of the plan's forward."""
     t, _ = tensors(dtype)
     columns = N if orientation == "out" else t["x"].shape[1]
@@ -178,7 +200,7 @@ GUARDED = pairwise.rows(
         "orientation": ORIENTATIONS,
         "dtype": DTYPES,
         "depth": [0, 1, 2],
-        "tokens": [1, 32, 41],
+        "tokens": [1, 16, 32],
         "r": [1, 16, 33],
         "dropout": [0.0, 0.4],
         "bias": [False, True],

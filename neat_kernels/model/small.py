@@ -1,0 +1,91 @@
+"""What the kernels of a small batch read, write and compute: one read of W each way, and what goes with it.
+
+forward: x·Wᵀ and Z, then H, S and y        backward: dS and dU, dD, then dy·W and dA, then dx
+
+Operands have the names of the kernels' arguments.
+"""
+
+from __future__ import annotations
+
+from neat_kernels.kernels import launch
+from neat_kernels.model import features, tokens
+from neat_kernels.model.features import feature_rows, precision_unit
+from neat_kernels.model.tokens import Tokens
+from neat_kernels.model.work import ITEMSIZE, Work, present
+
+_F32 = 4
+# Operations in half precision that take as long as one in another unit: TF32 has half of the rate, and is done three
+# times; an MI300X's fp32 an eighth.
+_AS_HALF = {"bf16": 1, "fp16": 1, "tf32x3": 6, "fp32": 8}
+
+
+def forward(side: Tokens) -> tuple[Work, ...]:
+    """The read of W, H, the shares of S, y."""
+    layer, r = side.layer, side.layer.r
+    alike = layer.adapter_dtype == layer.dtype
+    unit = layer.dtype if alike else precision_unit(side.target)
+    _, length = feature_rows(layer)
+    narrow = {"f_ptr": r * length * layer.adapter_itemsize}
+    read, P, pieces = _read(side, False, narrow, unit)
+    finish = features.finish(layer, side.target, pieces)
+    config = side.config("down")
+    shares, _ = launch.split(launch.cdiv(layer.tokens, config.block_m), layer.in_features, config.block_k, side.target)
+    S = shares * layer.tokens * r * _F32
+    down = Work(
+        "small_tokens._down_partial_kernel",
+        {"x_ptr": side.matrix(layer.tokens, layer.in_features), "d_ptr": side.factor("D")},
+        {"s_ptr": S},
+        2 * launch.block_r(r) * layer.tokens * layer.in_features,
+        side.unit,
+    )
+    y = _finish(side, P, layer.out_features, present(shares_ptr=S, q_ptr=side.factor("U"), bias_ptr=side.bias), True)
+    return (*features.stack(layer), read, finish, down, y)
+
+
+def backward(side: Tokens) -> tuple[Work, ...]:
+    """up backward, down backward, the chain's, the read of W, the sum of dA, dx."""
+    layer = side.layer
+    chain, shares = features.through_chain(layer, side.target)
+    rows, _ = feature_rows(layer)
+    dZ = rows * layer.r * _F32
+    narrow = present(f_ptr=dZ, z_ptr=None if layer.depth else dZ)
+    read, P, pieces = _read(side, True, narrow, precision_unit(side.target))
+    dA = read.writes["q_ptr"]
+    reduce = Work(
+        "reduce._reduce_kernel",
+        {"partial_ptr": dA} | present(also_partial_ptr=shares),
+        {"out_ptr": dA // pieces // _F32 * layer.adapter_itemsize} | present(also_out_ptr=features.chain(layer)),
+        dA // _F32,
+    )
+    dx = _finish(side, P, layer.in_features, {"q_ptr": side.factor("D")}, False)
+    return (*tokens.up_backward(side, "fused"), *tokens.down_backward(side), *chain, read, reduce, dx)
+
+
+def _read(side: Tokens, transposed: bool, narrow: dict[str, int], unit: str) -> tuple[Work, int, int]:
+    """The read of W or Wᵀ, bytes of the partial sums of the token product, and pieces of the narrow one."""
+    layer, r, M = side.layer, side.layer.r, side.layer.tokens
+    shape = (layer.out_features, layer.in_features)
+    rows, length = reversed(shape) if transposed else shape
+    crossed = layer.orientation == "out"
+    block_t, itemsize = launch.block_r(M), ITEMSIZE.get(unit, _F32)
+    config = launch.config("crossed" if crossed else "stacked", side.target, max(block_t, r), itemsize)
+    owned, walked = (length, rows) if crossed else (rows, length)
+    block_owned, block_walked = (config.block_k, config.block_m) if crossed else (config.block_m, config.block_k)
+    blocks = launch.cdiv(owned, block_owned)
+    fill = launch.up_backward_fill(side.target) if crossed else 2.0
+    pieces, _ = launch.split(blocks, walked, block_walked, side.target, fill)
+    P = (blocks if crossed else pieces) * M * rows * _F32
+    name = "small_reads._crossed_kernel" if crossed else "small_reads._stacked_kernel"
+    reads = {"v_ptr": side.matrix(rows, length), "t_ptr": side.matrix(M, length)} | narrow
+    flops = 2 * rows * length * (block_t + _AS_HALF[unit] * launch.block_r(r))
+    return Work(name, reads, {"p_ptr": P, "q_ptr": pieces * owned * r * _F32}, flops, layer.dtype), P, pieces
+
+
+def _finish(side: Tokens, P: int, columns: int, more: dict[str, int], makes_S: bool) -> Work:
+    """y or dx from the partial sums of its base product, and S from its shares or as it is."""
+    layer, M, r = side.layer, side.layer.tokens, side.layer.r
+    S = M * r * layer.itemsize
+    reads = {"partial_ptr": P} | more | ({} if makes_S else {"s_ptr": S})
+    writes = {"c_ptr": side.matrix(M, columns)} | ({"s_ptr": S} if makes_S else {})
+    flops = P // _F32 + 2 * M * columns * launch.block_r(r)
+    return Work("small_tokens._finish_tokens_kernel", reads, writes, flops, side.unit)
