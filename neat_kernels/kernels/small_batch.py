@@ -79,12 +79,12 @@ def backward(
             dD = down_backward(x, dS, seed, branch.dropout, dD_dtype)
         dZ, dB = (dD, dU) if crossed else (dU, dD)
         assert dZ is not None
-        through: str | None = activation
-        shares = None
-        if chain is not None:
+        if chain is None:
+            given, shares = Operands(weight.t(), dy, dZ, Z, activation, torch.float32, crossed), None
+        else:
             dZ, shares = through_chain(dZ, Z, chain.contiguous(), activation, need_dchain)
-            through = None
-        P, Q = read_once(Operands(weight.t(), dy, dZ, Z, through, torch.float32, crossed), transposed=True)
+            given = Operands(weight.t(), dy, dZ, None, None, torch.float32, crossed)
+        P, Q = read_once(given, transposed=True)
         dA, dchain = dy.new_empty(Q.shape[1:], dtype=dA_dtype), None
         if shares is None:
             reduce(Q, dA)

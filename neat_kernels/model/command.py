@@ -100,9 +100,9 @@ def _request(options: Mapping[str, Any]) -> Request:
     layers = tuple(Layer(*_parse(shape), r, dtype) for shape in shapes)
     large = next((layer for layer in layers if plan == "small" and not is_small_batch(layer)), None)
     if large is not None:
+        most = most_of_a_small_batch(large.orientation, r)
         raise UsageError(
-            f"--plan small takes half precision and at r={r} up to {most_of_a_small_batch(large.orientation, r)} tokens; "
-            f"got {large.shape} in {dtype}"
+            f"--plan small takes half precision and at r={r} up to {most} tokens; got {large.shape} in {dtype}"
         )
     return Request(device, layers, plan, options["json"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from types import ModuleType
@@ -17,6 +18,7 @@ _LIB = torch.library.Library("neat_kernels", "DEF")
 KERNELS: dict[str, Callable[..., Any]] = {}
 
 
+@functools.cache
 def implementation(stage: str, backend: str) -> ModuleType:
     """The module that runs a stage; the kernels are imported by their first call, since Triton takes a second to."""
     package = "torch_backend" if backend == "torch" else "kernels"

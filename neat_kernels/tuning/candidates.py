@@ -15,6 +15,9 @@ AXES = {
     "columns": ("block_m", "block_k", "num_warps", "num_stages"),
     "up_backward": ("block_m", "block_n", "num_warps", "num_stages"),
     "finish": ("block_m", "block_n", "num_warps"),
+    "stacked": ("block_m", "block_k", "num_warps", "num_stages"),
+    "crossed": ("block_m", "block_k", "num_warps", "num_stages"),
+    "small_finish": ("block_m", "block_n", "num_warps"),
     "merge": ("block_m", "block_n", "num_warps"),
     "chain": ("block_m", "num_warps"),
 }

@@ -15,6 +15,8 @@ from neat_kernels.kernels.down import down
 from neat_kernels.kernels.down_backward import down_backward
 from neat_kernels.kernels.gemm import gemm
 from neat_kernels.kernels.merge import merge_with_flags
+from neat_kernels.kernels.small_reads import Operands, read_once
+from neat_kernels.kernels.small_tokens import finish_tokens
 from neat_kernels.kernels.up_backward import up_backward
 from neat_kernels.kernels.up_finish import Partial, finish
 from neat_kernels.tuning.candidates import stage_of
@@ -22,6 +24,8 @@ from neat_kernels.tuning.timing import Problem
 
 HALF = torch.bfloat16
 _DROPOUT = 0.1
+# Tokens of a small batch.
+_FEW = 16
 # Smooth: σ' of another activation may jump where a rounding fell the other way.
 _ACTIVATION = "silu"
 
@@ -159,6 +163,44 @@ def _finish(t: Inputs) -> Call:
     return call
 
 
+def _stacked(t: Inputs) -> Call:
+    """As many tokens as the tile holds, which are more than the rank; both ways."""
+    return _read_once(t, min(t.sizes.tokens, t.r), min(t.r, _FEW), crossed=False)
+
+
+def _crossed(t: Inputs) -> Call:
+    """Few tokens, and a rank that the tile holds; both ways."""
+    return _read_once(t, min(t.sizes.tokens, _FEW), t.r, crossed=True)
+
+
+def _read_once(t: Inputs, tokens: int, r: int, crossed: bool) -> Call:
+    _, K, N = t.sizes
+    factors = {rows: t.draw(rows, r) / math.sqrt(rows) for rows in (K, N)}
+
+    def call() -> Sequence[Tensor]:
+        results: list[Tensor] = []
+        for V, T in ((t.W, t.x[:tokens]), (t.W.t(), t.dy[:tokens])):
+            F = factors[V.shape[0 if crossed else 1]]
+            results += read_once(Operands(V, T, F, None, None, t.branch, crossed), transposed=False)
+        # Another tile makes other partial sums.
+        return [partial.sum(0) for partial in results]
+
+    return call
+
+
+def _small_finish(t: Inputs) -> Call:
+    M, _, N = t.sizes
+    P, S = t.draw(8, min(M, _FEW), N, dtype=torch.float32), t.S[:_FEW]
+    shares = t.draw(8, *S.shape, dtype=torch.float32)
+
+    def call() -> Sequence[Tensor]:
+        made = torch.empty_like(S)
+        y = finish_tokens(P, made, shares, t.U, t.bias, 1.0, HALF)
+        return y, made, finish_tokens(P, S, None, t.U, None, 1.0, HALF)
+
+    return call
+
+
 def _merge(t: Inputs) -> Call:
     D, U = (t.draw(rows, t.r, dtype=torch.float32) for rows in t.sizes[1:])
 
@@ -187,6 +229,9 @@ _CALLS: dict[str, Callable[[Inputs], Call]] = {
     "columns": _columns,
     "up_backward": _up_backward,
     "finish": _finish,
+    "stacked": _stacked,
+    "crossed": _crossed,
+    "small_finish": _small_finish,
     "merge": _merge,
     "chain": _chain,
 }
