@@ -29,11 +29,13 @@ def device():
     return harness.DEVICE
 
 
-@pytest.fixture(autouse=True)
-def _no_small_batch(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def _no_small_batch():
     """Few tokens, which most tests have, show the stages of many; use_plan("small") shows those of few."""
-    if harness.RUNS:
-        monkeypatch.setattr("neat_kernels.plan.SMALL_BATCH", 0)
+    with pytest.MonkeyPatch.context() as patch:
+        if harness.RUNS:
+            patch.setattr("neat_kernels.plan.SMALL_BATCH", 0)
+        yield
 
 
 @pytest.fixture(autouse=True)

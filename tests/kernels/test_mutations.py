@@ -31,6 +31,10 @@ MERGED = f"{MERGE}::TestNumbers::test_one_rounding_of_an_exact_sum[torch.bfloat1
 MERGE_T = f"{MERGE}::test_the_layout_of_w_changes_no_bit_and_is_kept[transposed-77]"
 MERGE_SLICE = f"{MERGE}::test_the_layout_of_w_changes_no_bit_and_is_kept[slice-None]"
 STOCHASTIC = f"{MERGE}::TestStochasticRounding"
+SMALL = "test_small_batch.py"
+CROSSED = f"{SMALL}::test_the_largest_and_several_pieces[(16, 300, 70, 5)-out]"
+STACKED = f"{SMALL}::test_the_largest_and_several_pieces[(33, 45, 150, 33)-in]"
+SMALL_DROPOUT = f"{SMALL}::test_dropout[out]"
 FP32 = "test_rounding.py::TestTheFeaturesAreFp32"
 
 
@@ -76,6 +80,27 @@ MUTATIONS = [
         "square_ptrs, mask=(offs_s < BLOCK_R)",
         (DEEP,),
     ),
+    Mutation(
+        "rows of a shared read of W",
+        "small_reads.py",
+        "mask=(offs_m < rows)[:, None] & (offs_l < end)",
+        "mask=(offs_m >= 0)[:, None] & (offs_l < end)",
+        (CROSSED,),
+    ),
+    Mutation(
+        "columns of a shared read of W",
+        "small_reads.py",
+        "[:, None] & (offs_l < end)[None, :], other",
+        "[:, None] & (offs_l >= 0)[None, :], other",
+        (STACKED,),
+    ),
+    Mutation(
+        "columns of a factor beside it",
+        "small_reads.py",
+        "(offs < end)[:, None] & (offs_r < R)",
+        "(offs < end)[:, None] & (offs_r < BLOCK_R)",
+        (CROSSED,),
+    ),
     # Masks of stores.
     Mutation(
         "rows of y",
@@ -112,6 +137,39 @@ MUTATIONS = [
         "tl.range(0, BLOCK_R, SLICE_R,",
         "tl.range(0, max(SLICE_R, BLOCK_R - SLICE_R), SLICE_R,",
         (SLICES,),
+    ),
+    Mutation(
+        "last block of stacked products",
+        "small_reads.py",
+        "range(first, last, BLOCK_L)",
+        "range(first, last - BLOCK_L, BLOCK_L)",
+        (STACKED,),
+    ),
+    Mutation(
+        "last block of crossed products",
+        "small_reads.py",
+        "range(first, last, BLOCK_M)",
+        "range(first, last - BLOCK_M, BLOCK_M)",
+        (CROSSED,),
+    ),
+    Mutation("a share of S", "small_tokens.py", "shares, BLOCK_SHARES)", "shares - 1, BLOCK_SHARES)", (CROSSED,)),
+    Mutation("a piece of y", "small_tokens.py", "* N, pieces, BLOCK", "* N, pieces - 1, BLOCK", (STACKED,)),
+    Mutation(
+        "a share of dchain", "reduce.py", "also_size, also_pieces, 1.0", "also_size, also_pieces - 1, 1.0", (CROSSED,)
+    ),
+    Mutation(
+        "σ' in dA",
+        "small_reads.py",
+        "act_backward(f.to(tl.float32), z, ACTIVATION)",
+        "f.to(tl.float32)",
+        (SMALL_DROPOUT,),
+    ),
+    Mutation(
+        "s in y", "small_tokens.py", "input_precision=PRECISION) * scaling", "input_precision=PRECISION)", (CROSSED,)
+    ),
+    Mutation("the mask of dx", "small_tokens.py", "kept(acc, seed_ptr, offs, threshold)", "acc", (SMALL_DROPOUT,)),
+    Mutation(
+        "1 / (1 - p) in dx of few tokens", "small_tokens.py", "scaling / (1.0 - dropout)", "scaling", (SMALL_DROPOUT,)
     ),
     Mutation("a piece of an ordered sum", "reduce.py", "(offs_p < pieces)", "(offs_p < pieces - 1)", (FIRST,)),
     Mutation(
@@ -226,9 +284,7 @@ MUTATIONS = [
     ),
     # Dropout.
     Mutation("1 / (1 - p) in S", "down.py", "s = s * inv_keep", "s = s", (DROPOUT,)),
-    Mutation(
-        "1 / (1 - p) in dx", "gemm.py", "scaling if seed is None else scaling / (1.0 - dropout)", "scaling", (DROPOUT,)
-    ),
+    Mutation("1 / (1 - p) in dx", "gemm.py", "*strides, scaling / (1.0 - dropout)", "*strides, scaling", (DROPOUT,)),
     Mutation("1 / (1 - p) in dD", "down_backward.py", "1.0 / (1.0 - dropout))", "1.0)", (DROPOUT,)),
     Mutation(
         "row of the mask in dx",

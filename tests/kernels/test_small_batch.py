@@ -79,8 +79,15 @@ def test_every_pair_of_options(row, monkeypatch, calls):
 )
 def test_the_largest_and_several_pieces(shape, orientation, monkeypatch, calls):
     use_multiprocessors(monkeypatch, 1000)
-    check(draw(*shape, dtype=torch.bfloat16, orientation=orientation, depth=1))
+    check(draw(*shape, dtype=torch.bfloat16, orientation=orientation, depth=1, scaling=0.37))
     assert calls == ["forward", "backward"]
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_dropout(orientation, monkeypatch):
+    case = draw(*SHAPE, dtype=torch.bfloat16, orientation=orientation)
+    use_seed(monkeypatch, case, 0.4)
+    check(case)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
