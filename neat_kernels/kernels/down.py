@@ -72,9 +72,10 @@ def down(
     pieces, bound = _prepare(
         launch.target(x.device), *x.shape, x.stride(), *D.stride(), D.shape[1], dtype, masked, dropout, of_product
     )
-    S = x.new_empty((pieces, x.shape[0], D.shape[1]), dtype=dtype)
+    shape = (x.shape[0], D.shape[1])
+    S = x.new_empty(shape if pieces == 1 else (pieces, *shape), dtype=dtype)
     bound(x, D, S, U, bias, C, seed)
-    return S[0], C
+    return S if pieces == 1 else S[0], C
 
 
 @prepared

@@ -53,11 +53,10 @@ def down_backward(x: Tensor, dS: Tensor, seed: Tensor | None, dropout: float, dt
     """dD [K,r] in `dtype`, from a contiguous dS."""
     (M, K), r = x.shape, dS.shape[1]
     pieces, bound = _prepare(launch.target(x.device), M, K, x.stride(), r, dS.element_size(), seed is not None, dropout)
-    partial = x.new_empty((pieces, K, r), dtype=torch.float32)
+    whole = pieces == 1 and dtype == torch.float32
+    partial = x.new_empty((K, r) if whole else (pieces, K, r), dtype=torch.float32)
     bound(x, dS, partial, seed)
-    if pieces == 1 and dtype == torch.float32:
-        return partial[0]
-    return reduce(partial, x.new_empty((K, r), dtype=dtype))
+    return partial if whole else reduce(partial, x.new_empty((K, r), dtype=dtype))
 
 
 @prepared

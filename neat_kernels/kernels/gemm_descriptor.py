@@ -71,18 +71,20 @@ def _gemm_descriptor_kernel(
 
 def fits(A: Tensor, B: Tensor, C: Tensor) -> bool:
     """Whether descriptors can say where A, B (or its transpose) and C lie, and the device has them."""
-    rows_of_B = B.t() if B.stride(0) == 1 else B
-    return launch.has_descriptors(A.device) and all(_is_aligned(t) for t in (A, rows_of_B, C))
+    stride, along = B.stride()
+    rows_of_B = (along, stride, B.shape[0]) if stride == 1 else (stride, along, B.shape[1])
+    return (
+        launch.has_descriptors(A.device)
+        and _is_aligned(A, A.stride(0), A.stride(1), A.shape[1])
+        and _is_aligned(B, *rows_of_B)
+        and _is_aligned(C, C.stride(0), C.stride(1), C.shape[1])
+    )
 
 
-def _is_aligned(matrix: Tensor) -> bool:
-    stride, along = matrix.stride()
+def _is_aligned(matrix: Tensor, stride: int, along: int, length: int) -> bool:
     # Rows that overlap, as an expanded tensor's, are no matrix to the hardware.
     return (
-        along == 1
-        and stride >= matrix.shape[1] > 0
-        and stride * matrix.element_size() % 16 == 0
-        and matrix.data_ptr() % 16 == 0
+        along == 1 and stride >= length > 0 and stride * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0
     )
 
 

@@ -111,10 +111,10 @@ def finish(
         of_product = (D.shape[0], *D.stride(), product.scaling, product.dropout, seed is not None)
     shares = tuple(None if t is None else t.shape[0] for t in partial)
     pieces, bound = _prepare(launch.target(device), M, N, r, scaling, dtypes[0].itemsize, shares, of_product)
-    dS = empty(partial.dS, dtypes[0], pieces, M, r)
+    dS = empty(partial.dS, dtypes[0], *((M, r) if pieces == 1 else (pieces, M, r)))
     dU, dbias = empty(partial.dU, dtypes[1], N, r), empty(partial.dbias, dtypes[2], N)
     bound(*partial, dS, dU, dbias, D, seed, C)
-    return UpGradients(None if dS is None else dS[0], dU, dbias, C)
+    return UpGradients(dS if dS is None or pieces == 1 else dS[0], dU, dbias, C)
 
 
 @prepared

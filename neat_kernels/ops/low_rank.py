@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neat_kernels.ops.register import implementation, refuse_trainable_weight, register
+from neat_kernels.ops.register import as_rows, implementation, refuse_trainable_weight, register, with_columns
 from neat_kernels.torch_backend.low_rank import Branch, Needs
 from neat_kernels.vocabulary import autocast_dtype
 
@@ -24,14 +24,15 @@ def _low_rank_linear(
     compute_dtype: torch.dtype | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return implementation("low_rank", backend).forward(
-        x, weight, bias, down, up, seed, Branch(scaling, dropout, compute_dtype, backend)
-    )
+    branch = Branch(scaling, dropout, compute_dtype, backend)
+    y, S = implementation("low_rank", backend).forward(as_rows(x), weight, bias, down, up, seed, branch)
+    return with_columns(y, x), S
 
 
 def fake_tokens(x: Tensor, weight: Tensor, r: int, compute_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
     """y and S."""
-    return x.new_empty((x.shape[0], weight.shape[0])), x.new_empty((x.shape[0], r), dtype=compute_dtype or x.dtype)
+    leading = x.shape[:-1]
+    return x.new_empty((*leading, weight.shape[0])), x.new_empty((leading.numel(), r), dtype=compute_dtype or x.dtype)
 
 
 def _fake(
@@ -68,7 +69,11 @@ def _low_rank_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     branch = Branch(scaling, dropout, compute_dtype, backend)
     needs = Needs(need_dx, ddown_dtype, dup_dtype, dbias_dtype)
-    return implementation("low_rank", backend).backward(dy, x, weight, down, up, S, seed, branch, needs)
+    rows = None if x is None else as_rows(x)
+    dx, ddown, dup, dbias = implementation("low_rank", backend).backward(
+        as_rows(dy), rows, weight, down, up, S, seed, branch, needs
+    )
+    return with_columns(dx, dy) if need_dx else dx, ddown, dup, dbias
 
 
 def _fake_backward(
@@ -91,16 +96,16 @@ def _fake_backward(
     dx, ddown, dup, dbias = (dy.new_empty(0) for _ in range(4))
     if need_dx:
         assert weight is not None
-        dx = dy.new_empty((dy.shape[0], weight.shape[1]))
+        dx = dy.new_empty((*dy.shape[:-1], weight.shape[1]))
     if ddown_dtype is not None:
         assert x is not None
         assert up is not None
-        ddown = dy.new_empty((x.shape[1], up.shape[1]), dtype=ddown_dtype)
+        ddown = dy.new_empty((x.shape[-1], up.shape[1]), dtype=ddown_dtype)
     if dup_dtype is not None:
         assert S is not None
-        dup = dy.new_empty((dy.shape[1], S.shape[1]), dtype=dup_dtype)
+        dup = dy.new_empty((dy.shape[-1], S.shape[1]), dtype=dup_dtype)
     if dbias_dtype is not None:
-        dbias = dy.new_empty((dy.shape[1],), dtype=dbias_dtype)
+        dbias = dy.new_empty((dy.shape[-1],), dtype=dbias_dtype)
     return dx, ddown, dup, dbias
 
 

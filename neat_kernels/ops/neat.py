@@ -14,7 +14,7 @@ from torch import Tensor
 
 from neat_kernels.ops.features import fake_features, fake_features_backward
 from neat_kernels.ops.low_rank import cast_tokens, fake_tokens
-from neat_kernels.ops.register import implementation, refuse_trainable_weight, register
+from neat_kernels.ops.register import as_rows, implementation, refuse_trainable_weight, register, with_columns
 from neat_kernels.plan import is_small_batch
 from neat_kernels.torch_backend.low_rank import Branch, Needs
 
@@ -40,13 +40,15 @@ def _neat_linear(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     branch = Branch(scaling, dropout, compute_dtype, backend)
-    if is_small_batch(backend, x.device, x.dtype, orientation, x.shape[0], A.shape[0]):
+    rows = as_rows(x)
+    if is_small_batch(backend, x.device, x.dtype, orientation, rows.shape[0], A.shape[0]):
         small = implementation("small_batch", backend)
-        return small.forward(x, weight, bias, A, B, chain, seed, orientation, activation, branch)
+        y, S, H, Z = small.forward(rows, weight, bias, A, B, chain, seed, orientation, activation, branch)
+        return with_columns(y, x), S, H, Z
     H, Z = implementation("features", backend).forward(weight, A, chain, orientation, activation)
     D, U = _arrange(orientation, H, B)
-    y, S = implementation("low_rank", backend).forward(x, weight, bias, D, U, seed, branch)
-    return y, S, H, Z
+    y, S = implementation("low_rank", backend).forward(rows, weight, bias, D, U, seed, branch)
+    return with_columns(y, x), S, H, Z
 
 
 def _fake(
@@ -90,20 +92,25 @@ def _neat_linear_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     branch = Branch(scaling, dropout, compute_dtype, backend)
+    rows_of_dy, rows_of_x = as_rows(dy), None if x is None else as_rows(x)
     if (
         need_dx
         and dA_dtype is not None
         and Z is not None
-        and is_small_batch(backend, dy.device, dy.dtype, orientation, dy.shape[0], Z.shape[1])
+        and is_small_batch(backend, dy.device, dy.dtype, orientation, rows_of_dy.shape[0], Z.shape[1])
     ):
-        small = implementation("small_batch", backend)
-        dtypes = dA_dtype, dB_dtype, need_dchain, dbias_dtype
-        return small.backward(dy, x, weight, B, chain, S, H, Z, seed, orientation, activation, branch, *dtypes)
+        dx, *others = implementation("small_batch", backend).backward(
+            rows_of_dy, rows_of_x, weight, B, chain, S, H, Z, seed, orientation, activation, branch,
+            dA_dtype, dB_dtype, need_dchain, dbias_dtype,
+        )  # fmt: skip
+        return with_columns(dx, dy), *others
     through_features = dA_dtype is not None or need_dchain
     D, U = _arrange(orientation, H, B)
     of_factors = _arrange(orientation, Z.dtype if through_features and Z is not None else None, dB_dtype)
     needs = Needs(need_dx, *of_factors, dbias_dtype)
-    dx, dD, dU, dbias = implementation("low_rank", backend).backward(dy, x, weight, D, U, S, seed, branch, needs)
+    dx, dD, dU, dbias = implementation("low_rank", backend).backward(
+        rows_of_dy, rows_of_x, weight, D, U, S, seed, branch, needs
+    )
     dH, dB = _arrange(orientation, dD, dU)
     dA, dchain = dy.new_empty(0), dy.new_empty(0)
     if through_features:
@@ -111,7 +118,7 @@ def _neat_linear_backward(
         dA, dchain = implementation("features", backend).backward(
             dH, weight, Z, chain, orientation, activation, dA_dtype, need_dchain
         )
-    return dx, dA, dB, dchain, dbias
+    return with_columns(dx, dy) if need_dx else dx, dA, dB, dchain, dbias
 
 
 def _fake_backward(
@@ -139,17 +146,17 @@ def _fake_backward(
     dx, dA, dB, dchain, dbias = (dy.new_empty(0) for _ in range(5))
     if need_dx:
         assert weight is not None
-        dx = dy.new_empty((dy.shape[0], weight.shape[1]))
+        dx = dy.new_empty((*dy.shape[:-1], weight.shape[1]))
     if dA_dtype is not None or need_dchain:
         assert Z is not None
         dA, dchain = fake_features_backward(weight, Z, chain, orientation, dA_dtype, need_dchain)
     if dB_dtype is not None:
         factor = S if orientation == "out" else H
         assert factor is not None
-        columns = x.shape[1] if orientation == "in" and x is not None else dy.shape[1]
+        columns = x.shape[-1] if orientation == "in" and x is not None else dy.shape[-1]
         dB = dy.new_empty((columns, factor.shape[1]), dtype=dB_dtype)
     if dbias_dtype is not None:
-        dbias = dy.new_empty((dy.shape[1],), dtype=dbias_dtype)
+        dbias = dy.new_empty((dy.shape[-1],), dtype=dbias_dtype)
     return dx, dA, dB, dchain, dbias
 
 

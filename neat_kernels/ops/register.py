@@ -98,6 +98,16 @@ def _outside_autocast(op: Any, cast_first: Callable[[Tensor], Tensor] | None) ->
     return kernel
 
 
+def as_rows(t: Tensor) -> Tensor:
+    """t [..., n] as [M, n]; operators do this themselves, below autograd, which would make nodes of it."""
+    return t if t.ndim == 2 else t.reshape(-1, t.shape[-1])
+
+
+def with_columns(rows: Tensor, like: Tensor) -> Tensor:
+    """rows [M, n] as [..., n], with the leading dimensions of `like`."""
+    return rows if like.ndim == 2 else rows.view(*like.shape[:-1], rows.shape[1])
+
+
 def refuse_trainable_weight(op: str) -> None:
     """Raise: W asks for a gradient."""
     raise RuntimeError(
