@@ -152,12 +152,8 @@ CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
     },
     "stacked fp32": {
         "default": {32: Config(64, 0, 64, 4, 3), 64: Config(64, 0, 32, 4, 3), 128: Config(64, 0, 32, 4, 2)},
-        "sm_100": {
-            16: Config(64, 0, 64, 4, 3),
-            32: Config(64, 0, 32, 4, 3),
-            64: Config(64, 0, 32, 4, 2),
-            128: Config(64, 0, 64, 4, 3),
-        },
+        "sm_100": {128: Config(64, 0, 32, 8, 2)},
+        "sm_120": {32: Config(64, 0, 64, 4, 3), 64: Config(32, 0, 32, 4, 2), 128: Config(64, 0, 32, 8, 2)},
         "gfx942": {32: Config(64, 0, 64, 4, 3), 128: Config(64, 0, 32, 4, 3)},
     },
     "crossed": {
@@ -173,9 +169,17 @@ CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
         "sm_100": {32: Config(32, 0, 256, 8, 2), 128: Config(32, 0, 128, 8, 2)},
         "gfx942": {16: Config(32, 0, 256, 8, 2), 32: Config(32, 0, 128, 4, 1), 128: Config(64, 0, 64, 8, 1)},
     },
+    # S of a small batch in shares, masked or not.
+    "small_down": {
+        "default": {128: Config(32, 0, 64, 4, 2)},
+        "gfx942": {32: Config(32, 0, 64, 4, 2), 128: Config(32, 0, 64, 4, 1)},
+    },
+    "small_down fp32": {
+        "default": {128: Config(32, 0, 32, 4, 2)},
+    },
     # y and dx of a small batch from their partial sums: tile [block_m, block_n].
     "small_finish": {
-        "default": {128: Config(16, 64, 0, 4, 1)},
+        "default": {128: Config(16, 32, 0, 4, 1)},
     },
     # W + s·U·Dᵀ: tile [block_m, block_n] of W. Two to eight blocks a multiprocessor keep reads of W under way.
     "merge": {

@@ -1,7 +1,7 @@
 """The down stage backward: dD = x̃ᵀ·dS, x̃ = x ∘ mask / (1 - p) under dropout, else x.
 
 x [M,K], dS [M,r] in the branch dtype → dD [K,r]. Reads x once. Two ordered stages: partial sums fp32 [pieces,K,r] over
-pieces of the tokens, then their sum; a single piece in fp32 is dD itself.
+pieces of the tokens, then their sum; a single piece in fp32, without a mask, is dD itself.
 """
 
 import torch
@@ -29,7 +29,6 @@ def _down_backward_kernel(
     stride_xm,
     stride_xk,
     threshold,
-    inv_keep,
     R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -43,8 +42,6 @@ def _down_backward_kernel(
         x_ptr, ds_ptr, None, seed_ptr, offs_k, K, M, piece, steps, stride_xk, stride_xm, R, 1, 1, K, threshold,
         R, BLOCK_M, BLOCK_R, ds_ptr.dtype.element_ty, None, DROPOUT, PRECISION,
     )  # [BLOCK_K, BLOCK_R]  # fmt: skip
-    if DROPOUT:
-        acc = acc * inv_keep
     offs, mask = narrow_tile(offs_k, K, R, BLOCK_R)
     tl.store(partial_ptr + tl.cast(piece, tl.int64) * K * R + offs, acc, mask=mask)
 
@@ -53,10 +50,10 @@ def down_backward(x: Tensor, dS: Tensor, seed: Tensor | None, dropout: float, dt
     """dD [K,r] in `dtype`, from a contiguous dS."""
     (M, K), r = x.shape, dS.shape[1]
     pieces, bound = _prepare(launch.target(x.device), M, K, x.stride(), r, dS.element_size(), seed is not None, dropout)
-    whole = pieces == 1 and dtype == torch.float32
+    whole = pieces == 1 and dtype == torch.float32 and seed is None
     partial = x.new_empty((K, r) if whole else (pieces, K, r), dtype=torch.float32)
     bound(x, dS, partial, seed)
-    return partial if whole else reduce(partial, x.new_empty((K, r), dtype=dtype))
+    return partial if whole else reduce(partial, x.new_empty((K, r), dtype=dtype), 1.0 / (1.0 - dropout))
 
 
 @prepared
@@ -70,7 +67,7 @@ def _prepare(
     return pieces, Bound(
         _down_backward_kernel,
         (blocks, pieces),
-        (M, K, steps, *x_stride, threshold(dropout), 1.0 / (1.0 - dropout)),
+        (M, K, steps, *x_stride, threshold(dropout)),
         R=r,
         BLOCK_K=config.block_m,
         BLOCK_M=config.block_k,

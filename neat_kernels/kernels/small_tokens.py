@@ -127,7 +127,7 @@ def _prepare_down(
     dropout: float,
 ) -> tuple[int, Bound]:
     """Pieces of K, and the launch; strides of x and D."""
-    config = launch.config("down dropout" if masked else "down", place, r, dtype.itemsize)
+    config = launch.config("small_down", place, r, dtype.itemsize)
     blocks = launch.cdiv(M, config.block_m)
     shares, steps = launch.split(blocks, K, config.block_k, place)
     return shares, Bound(

@@ -28,7 +28,7 @@ def forward(side: Tokens) -> tuple[Work, ...]:
     narrow = {"f_ptr": r * length * layer.adapter_itemsize}
     read, P, pieces = _read(side, False, narrow, unit)
     finish = features.finish(layer, side.target, pieces)
-    config = side.config("down")
+    config = side.config("small_down")
     shares, _ = launch.split(launch.cdiv(layer.tokens, config.block_m), layer.in_features, config.block_k, side.target)
     S = shares * layer.tokens * r * _F32
     down = Work(

@@ -17,6 +17,7 @@ AXES = {
     "finish": ("block_m", "block_n", "num_warps"),
     "stacked": ("block_m", "block_k", "num_warps", "num_stages"),
     "crossed": ("block_m", "block_k", "num_warps", "num_stages"),
+    "small_down": ("block_m", "block_k", "num_warps", "num_stages"),
     "small_finish": ("block_m", "block_n", "num_warps"),
     "merge": ("block_m", "block_n", "num_warps"),
     "chain": ("block_m", "num_warps"),

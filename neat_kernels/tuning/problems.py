@@ -16,7 +16,7 @@ from neat_kernels.kernels.down_backward import down_backward
 from neat_kernels.kernels.gemm import gemm
 from neat_kernels.kernels.merge import merge_with_flags
 from neat_kernels.kernels.small_reads import Operands, read_once
-from neat_kernels.kernels.small_tokens import finish_tokens
+from neat_kernels.kernels.small_tokens import down_partial, finish_tokens
 from neat_kernels.kernels.up_backward import up_backward
 from neat_kernels.kernels.up_finish import Partial, finish
 from neat_kernels.tuning.candidates import stage_of
@@ -188,6 +188,18 @@ def _read_once(t: Inputs, tokens: int, r: int, crossed: bool) -> Call:
     return call
 
 
+def _small_down(t: Inputs) -> Call:
+    x = t.x[:_FEW]
+    seed = torch.tensor([1], device=t.device)
+
+    def call() -> Sequence[Tensor]:
+        shares = down_partial(x, t.D, None, 0.0, t.branch), down_partial(x, t.D, seed, _DROPOUT, t.branch)
+        # Another tile makes other shares.
+        return [share.sum(0) for share in shares]
+
+    return call
+
+
 def _small_finish(t: Inputs) -> Call:
     M, _, N = t.sizes
     P, S = t.draw(8, min(M, _FEW), N, dtype=torch.float32), t.S[:_FEW]
@@ -231,6 +243,7 @@ _CALLS: dict[str, Callable[[Inputs], Call]] = {
     "finish": _finish,
     "stacked": _stacked,
     "crossed": _crossed,
+    "small_down": _small_down,
     "small_finish": _small_finish,
     "merge": _merge,
     "chain": _chain,
