@@ -55,7 +55,8 @@ CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
         "default": {128: Config(128, 64, 64, 8, 4)},
     },
     "gemm descriptor fp32": {
-        "default": {16: Config(128, 64, 64, 8, 4), 128: Config(128, 128, 64, 8, 3)},
+        "default": {128: Config(128, 128, 64, 8, 3)},
+        "sm_90": {16: Config(128, 64, 64, 8, 4), 128: Config(128, 128, 64, 8, 3)},
     },
     # [block_m rows] of a tall matrix times a narrow one, block_k of the reduction at a time, contiguous along it.
     "rows": {
