@@ -167,7 +167,8 @@ def tune(
     stage: Annotated[
         Texts,
         typer.Option(
-            help="What to measure: gemm, gemm-descriptor, rows, columns, down, up-backward, finish, merge, "
+            help="What to measure: gemm, gemm-descriptor, rows, columns, down, up-backward, finish, stacked, "
+            "crossed, small-down, small-finish, merge, "
             "chain or plans; may be repeated.",
             show_default="all",
         ),

@@ -198,7 +198,8 @@ def test_another_number_of_tokens_compiles_nothing(plan, target):
                 training_step(case_of(tokens=tokens))
             compiled[tokens] = {(launch.kernel, launch.compiled.hash) for launch in launches}
     for batches in (many, few):
-        assert all(compiled[tokens] == compiled[batches[0]] for tokens in batches)
+        # Fewer, where a reduction over fewer tokens is a single piece.
+        assert all(compiled[tokens] <= compiled[batches[0]] for tokens in batches)
 
 
 def shifted(t):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -32,7 +33,9 @@ def _low_rank_linear(
 def fake_tokens(x: Tensor, weight: Tensor, r: int, compute_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
     """y and S."""
     leading = x.shape[:-1]
-    return x.new_empty((*leading, weight.shape[0])), x.new_empty((leading.numel(), r), dtype=compute_dtype or x.dtype)
+    # torch.Size.numel() would make a constant of a symbolic size.
+    S = x.new_empty((math.prod(leading), r), dtype=compute_dtype or x.dtype)
+    return x.new_empty((*leading, weight.shape[0])), S
 
 
 def _fake(

@@ -16,7 +16,10 @@ from rich.console import Console
 from neat_kernels.finetune.settings import UsageError
 
 PLANS = "plans"
-STAGES = ("gemm", "gemm-descriptor", "rows", "columns", "down", "up-backward", "finish", "merge", "chain", PLANS)
+STAGES = (
+    *("gemm", "gemm-descriptor", "rows", "columns", "down", "up-backward", "finish"),
+    *("stacked", "crossed", "small-down", "small-finish", "merge", "chain", PLANS),
+)
 _MINUTES = 60.0
 # Compilation, checking and timing of one configuration, and of one length in both plans.
 _CONFIG_SECONDS, _LENGTH_SECONDS = 3.0, 3.0
