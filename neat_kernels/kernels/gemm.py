@@ -14,9 +14,8 @@ from torch import Tensor
 
 from neat_kernels.kernels import launch
 from neat_kernels.kernels.bound import Bound, prepared
-from neat_kernels.kernels.gemm_descriptor import GROUP_M, fits, gemm_descriptor, mask_table
+from neat_kernels.kernels.gemm_descriptor import GROUP_M, GemmCall, fits, gemm_descriptor
 from neat_kernels.kernels.tiles import add_bias, low_rank_tile, store_tile
-from neat_kernels.torch_backend.dropout import threshold as keep_threshold
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -107,35 +106,22 @@ def gemm(
         return C
     place = launch.target(A.device)
     strides = (*A.stride(), *B.stride(), *Q.stride(), 1 if bias is None else bias.stride(0))
-    call = (place, M, N, K, P.shape[1], strides, A.dtype, P.dtype, scaling, seed is not None, dropout)
+    call = GemmCall(place, M, N, K, P.shape[1], strides, A.dtype, P.dtype, scaling, seed is not None, dropout)
     if fits(A, B, C):
-        gemm_descriptor(A, B, P, Q, bias, seed, C, *call)
+        gemm_descriptor(A, B, P, Q, bias, seed, C, call)
     else:
-        _prepare(*call, launch.low_rank_first(place))(A, B, P, Q, bias, seed, C)
+        _prepare(call, launch.low_rank_first(place))(A, B, P, Q, bias, seed, C)
     return C
 
 
 @prepared
-def _prepare(
-    place: launch.Target,
-    M: int,
-    N: int,
-    K: int,
-    r: int,
-    strides: tuple[int, ...],
-    dtype: torch.dtype,
-    branch_dtype: torch.dtype,
-    scaling: float,
-    masked: bool,
-    dropout: float,
-    low_rank_first: bool,
-) -> Bound:
-    """The launch; strides of A, B, Q and bias."""
-    config = launch.config("gemm" + mask_table(masked, branch_dtype), place, r, branch_dtype.itemsize)
+def _prepare(call: GemmCall, low_rank_first: bool) -> Bound:
+    place, M, N, K, r, strides, *_ = call
+    config = call.config("gemm")
     return Bound(
         _gemm_kernel,
         (launch.cdiv(M, config.block_m) * launch.cdiv(N, config.block_n),),
-        (M, N, K, *strides, scaling / (1.0 - dropout), keep_threshold(dropout)),
+        (M, N, K, *strides, *call.branch),
         R=r,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
@@ -143,7 +129,7 @@ def _prepare(
         BLOCK_R=launch.block_r(r),
         GROUP_M=GROUP_M,
         LOW_RANK_FIRST=low_rank_first,
-        DROPOUT=masked,
+        DROPOUT=call.masked,
         PRECISION=launch.branch_precision(place),
         num_warps=config.num_warps,
         num_stages=config.num_stages,

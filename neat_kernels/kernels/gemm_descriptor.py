@@ -7,7 +7,7 @@ a tile has beyond its matrix, the hardware reads as zero and never writes. A per
 after another, so that the loads of the next run beside the stores of the last.
 """
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from neat_kernels.kernels import launch
 from neat_kernels.kernels.bound import Bound, Described, prepared
+from neat_kernels.kernels.configs import Config
 from neat_kernels.kernels.tiles import add_bias, low_rank_tile
 from neat_kernels.torch_backend.dropout import threshold as keep_threshold
 
@@ -88,36 +89,46 @@ def _is_aligned(matrix: Tensor, stride: int, along: int, length: int) -> bool:
     )
 
 
-def mask_table(masked: bool, branch_dtype: torch.dtype) -> str:
-    """What the name of a table of the GEMM ends with: an fp32 branch has one table, masked or not."""
-    return " dropout" if masked and branch_dtype.itemsize == 2 else ""
+class GemmCall(NamedTuple):
+    """What a launch of the GEMM is prepared by, whichever of its two kernels runs; strides of A, B, Q and bias."""
+
+    place: launch.Target
+    M: int
+    N: int
+    K: int
+    r: int
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    branch_dtype: torch.dtype
+    scaling: float
+    masked: bool
+    dropout: float
+
+    def config(self, stage: str) -> Config:
+        """The configuration of a stage; an fp32 branch has one table, masked or not."""
+        masked = " dropout" if self.masked and self.branch_dtype.itemsize == 2 else ""
+        return launch.config(stage + masked, self.place, self.r, self.branch_dtype.itemsize)
+
+    @property
+    def branch(self) -> tuple[float, int]:
+        """The numbers of the branch: scaling, with 1 / (1 - p) under dropout, and the mask's threshold."""
+        return self.scaling / (1.0 - self.dropout), keep_threshold(self.dropout)
 
 
 def gemm_descriptor(
-    A: Tensor, B: Tensor, P: Tensor, Q: Tensor, bias: Tensor | None, seed: Tensor | None, C: Tensor, *call: Any
+    A: Tensor, B: Tensor, P: Tensor, Q: Tensor, bias: Tensor | None, seed: Tensor | None, C: Tensor, call: GemmCall
 ) -> None:
-    """Write C; A, B and C must fit, C must have elements; `call` is what gemm.py prepares by."""
-    (a_desc, b_desc, c_desc), bound = _prepare(*call)
+    """Write C; A, B and C must fit, C must have elements."""
+    (a_desc, b_desc, c_desc), bound = _prepare(call)
     rows_of_B = B.t() if B.stride(0) == 1 else B
     bound(a_desc(A), b_desc(rows_of_B), c_desc(C), P, Q, bias, seed)
 
 
 @prepared
-def _prepare(
-    place: launch.Target,
-    M: int,
-    N: int,
-    K: int,
-    r: int,
-    strides: tuple[int, ...],
-    dtype: torch.dtype,
-    branch_dtype: torch.dtype,
-    scaling: float,
-    masked: bool,
-    dropout: float,
-) -> tuple[tuple[Described, Described, Described], Bound]:
-    """The descriptors of A, B by its rows and C, and the launch; strides of A, B, Q and bias."""
-    config = launch.config("gemm descriptor" + mask_table(masked, branch_dtype), place, r, branch_dtype.itemsize)
+def _prepare(call: GemmCall) -> tuple[tuple[Described, Described, Described], Bound]:
+    """The descriptors of A, B by its rows and C, and the launch."""
+    place, M, N, K, r, strides, dtype, *_ = call
+    config = call.config("gemm descriptor")
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
     tiles = launch.cdiv(M, block_m) * launch.cdiv(N, block_n)
     programs = min(tiles, place.multiprocessors) if config.persistent else tiles
@@ -132,7 +143,7 @@ def _prepare(
     return descriptors, Bound(
         _gemm_descriptor_kernel,
         (programs,),
-        (M, N, K, *rest, scaling / (1.0 - dropout), keep_threshold(dropout)),
+        (M, N, K, *rest, *call.branch),
         R=r,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
@@ -141,7 +152,7 @@ def _prepare(
         GROUP_M=GROUP_M,
         TRANSPOSED=transposed,
         FLATTEN=config.persistent,
-        DROPOUT=masked,
+        DROPOUT=call.masked,
         PRECISION=launch.branch_precision(place),
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -282,7 +282,9 @@ MUTATIONS = [
     ),
     # Dropout.
     Mutation("1 / (1 - p) in S", "down.py", "s = s * inv_keep", "s = s", (DROPOUT,)),
-    Mutation("1 / (1 - p) in dx", "gemm.py", "*strides, scaling / (1.0 - dropout)", "*strides, scaling", (DROPOUT,)),
+    Mutation(
+        "1 / (1 - p) in dx", "gemm_descriptor.py", "self.scaling / (1.0 - self.dropout)", "self.scaling", (DROPOUT,)
+    ),
     Mutation("1 / (1 - p) in dD", "down_backward.py", "1.0 / (1.0 - dropout))", "1.0)", (DROPOUT,)),
     Mutation(
         "row of the mask in dx",
