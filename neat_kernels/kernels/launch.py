@@ -1,6 +1,7 @@
 """The launch configuration of a stage, and what else a launch needs to know of its device.
 
-No configuration depends on the number of tokens: a batch of another size never compiles anything.
+No configuration depends on the number of tokens, so that a batch of another size never compiles anything; but for the
+tile of a small batch, which holds 16, 32, 64 or 128 of them.
 """
 
 from __future__ import annotations
@@ -201,6 +202,38 @@ def walk(rows: int, length: int, along_rows: bool, r: int, itemsize: int, device
     if along_rows:
         return Walk(chosen, blocks, 1, max(1, cdiv(length, chosen.block_k)))
     return Walk(chosen, blocks, *split(blocks, length, chosen.block_k, device))
+
+
+class SharedRead(NamedTuple):
+    """How one read of W [rows, length] makes both products of a small batch: partial sums of each, and the walk.
+
+    Fields:
+        config: tile [block_m, block_k].
+        blocks: programs side by side; crossed, along the length, else along the rows.
+        pieces: of the other dimension, and partial sums of the narrow product.
+        steps: tiles of a piece.
+        owned: elements of the dimension that the blocks divide, which is the narrow product's.
+        of_tokens: partial sums of the token product.
+    """
+
+    config: Config
+    blocks: int
+    pieces: int
+    steps: int
+    owned: int
+    of_tokens: int
+
+
+def shared_read(rows: int, length: int, tokens: int, r: int, itemsize: int, crossed: bool, device: Place) -> SharedRead:
+    """The shared read for `tokens` and a rank, the narrow product's operands having `itemsize` bytes."""
+    chosen = config("crossed" if crossed else "stacked", device, max(block_r(tokens), r), itemsize)
+    if crossed:
+        blocks = cdiv(length, chosen.block_k)
+        pieces, steps = split(blocks, rows, chosen.block_m, device, up_backward_fill(device))
+        return SharedRead(chosen, blocks, pieces, steps, length, blocks)
+    blocks = cdiv(rows, chosen.block_m)
+    pieces, steps = split(blocks, length, chosen.block_k, device)
+    return SharedRead(chosen, blocks, pieces, steps, rows, pieces)
 
 
 def up_backward_fill(device: Place) -> float:

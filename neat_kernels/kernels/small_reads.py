@@ -202,14 +202,9 @@ def _prepare(
     transposed: bool,
 ) -> tuple[tuple[int, int, int], tuple[int, int, int], Bound]:
     """Shapes of the partial sums of both products, and the launch; strides of V, T and F."""
-    block_t = launch.block_r(M)
-    config = launch.config("crossed" if crossed else "stacked", place, max(block_t, r), compute.itemsize)
-    owned, walked = (length, rows) if crossed else (rows, length)
-    block_owned, block_walked = (config.block_k, config.block_m) if crossed else (config.block_m, config.block_k)
-    blocks = launch.cdiv(owned, block_owned)
-    fill = launch.up_backward_fill(place) if crossed else 2.0
-    pieces, steps = launch.split(blocks, walked, block_walked, place, fill)
-    of_Q = (pieces, r, owned) if transposed else (pieces, owned, r)
+    config, blocks, pieces, steps, owned, of_tokens = launch.shared_read(
+        rows, length, M, r, compute.itemsize, crossed, place
+    )
     bound = Bound(
         _crossed_kernel if crossed else _stacked_kernel,
         (blocks, pieces),
@@ -217,7 +212,7 @@ def _prepare(
         R=r,
         BLOCK_M=config.block_m,
         BLOCK_L=config.block_k,
-        BLOCK_T=block_t,
+        BLOCK_T=launch.block_r(M),
         BLOCK_R=launch.block_r(r),
         COMPUTE=launch.TRITON_DTYPES[compute],
         ACTIVATION=activation,
@@ -225,4 +220,4 @@ def _prepare(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return (blocks if crossed else pieces, M, rows), of_Q, bound
+    return (of_tokens, M, rows), (pieces, r, owned) if transposed else (pieces, owned, r), bound

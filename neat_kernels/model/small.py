@@ -66,19 +66,13 @@ def _read(side: Tokens, transposed: bool, narrow: dict[str, int], unit: str) -> 
     layer, r, M = side.layer, side.layer.r, side.layer.tokens
     shape = (layer.out_features, layer.in_features)
     rows, length = reversed(shape) if transposed else shape
-    crossed = layer.orientation == "out"
-    block_t, itemsize = launch.block_r(M), ITEMSIZE.get(unit, _F32)
-    config = launch.config("crossed" if crossed else "stacked", side.target, max(block_t, r), itemsize)
-    owned, walked = (length, rows) if crossed else (rows, length)
-    block_owned, block_walked = (config.block_k, config.block_m) if crossed else (config.block_m, config.block_k)
-    blocks = launch.cdiv(owned, block_owned)
-    fill = launch.up_backward_fill(side.target) if crossed else 2.0
-    pieces, _ = launch.split(blocks, walked, block_walked, side.target, fill)
-    P = (blocks if crossed else pieces) * M * rows * _F32
+    crossed, itemsize = layer.orientation == "out", ITEMSIZE.get(unit, _F32)
+    shared = launch.shared_read(rows, length, M, r, itemsize, crossed, side.target)
+    P, Q = shared.of_tokens * M * rows * _F32, shared.pieces * shared.owned * r * _F32
     name = "small_reads._crossed_kernel" if crossed else "small_reads._stacked_kernel"
     reads = {"v_ptr": side.matrix(rows, length), "t_ptr": side.matrix(M, length)} | narrow
-    flops = 2 * rows * length * (block_t + _AS_HALF[unit] * launch.block_r(r))
-    return Work(name, reads, {"p_ptr": P, "q_ptr": pieces * owned * r * _F32}, flops, layer.dtype), P, pieces
+    flops = 2 * rows * length * (launch.block_r(M) + _AS_HALF[unit] * launch.block_r(r))
+    return Work(name, reads, {"p_ptr": P, "q_ptr": Q}, flops, layer.dtype), P, shared.pieces
 
 
 def _finish(side: Tokens, P: int, columns: int, more: dict[str, int], makes_S: bool) -> Work:
