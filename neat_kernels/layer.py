@@ -18,7 +18,7 @@ from neat_kernels.merge import merge
 from neat_kernels.options import LayerOptions
 from neat_kernels.plan import Plan, make_plan
 from neat_kernels.torch_backend.gemm import ieee_fp32
-from neat_kernels.vocabulary import COMPUTE_DTYPES, autocast_dtype, check_int, wide_dtype
+from neat_kernels.vocabulary import COMPUTE_DTYPES, arrange, autocast_dtype, check_int, wide_dtype
 
 
 class FusedNeatLinear(nn.Module):
@@ -337,7 +337,7 @@ class FusedNeatLinear(nn.Module):
             self.in_features,
             self.out_features,
             self.orientation,
-            None if self._features_are_given() else x.shape[:-1].numel(),
+            None if self._features_are_given(self._feature_parameters()) else x.shape[:-1].numel(),
         )
 
     def extra_repr(self) -> str:
@@ -375,24 +375,24 @@ class FusedNeatLinear(nn.Module):
         }
 
     def _as_factors(self, H: Tensor, B: Tensor) -> Factors:
-        return (H, B) if self.orientation == "out" else (B, H)
+        return arrange(self.orientation, H, B)
 
     def _given_factors(self, x: Tensor) -> Factors | None:
         """D and U where the features need not be computed anew: reused ones, or those of the cache."""
-        if not self._features_are_given():
-            return None
         parameters = self._feature_parameters()
+        if not self._features_are_given(parameters):
+            return None
         if self._reused is not None:
             return self._as_factors(self._reused.checked(parameters), self.neat_B)
         dtype = self.compute_dtype or autocast_dtype(x)
         key = (dtype, self.orientation, self.activation)
         return self._cache.get(parameters, key) or self._cache.put(parameters, key, self._detached_factors(dtype))
 
-    def _features_are_given(self) -> bool:
+    def _features_are_given(self, parameters: tuple[Tensor, ...]) -> bool:
         """Whether a forward, here and now, takes reused features or those of the cache."""
         if self._reused is not None:
             return True
-        return not (self.training or torch.is_grad_enabled()) and self._cache.usable(self._feature_parameters())
+        return not (self.training or torch.is_grad_enabled()) and self._cache.usable(parameters)
 
     def _detached_factors(self, dtype: torch.dtype) -> Factors:
         # Outside inference mode, so that the cached tensors are ordinary ones and serve later calls in any mode.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,6 +56,11 @@ def check_compute_dtype(value: torch.dtype | None) -> None:
 def nearest(name: str, known: Iterable[str], count: int = 5) -> list[str]:
     """The `count` known names closest in spelling to `name`, closest first."""
     return difflib.get_close_matches(name, list(dict.fromkeys(known)), n=count, cutoff=0.0)
+
+
+def arrange(orientation: str, of_H: Any, of_B: Any) -> tuple[Any, Any]:
+    """What belongs to H and to B as what belongs to D and U, or back: the exchange is its own inverse."""
+    return (of_H, of_B) if orientation == "out" else (of_B, of_H)
 
 
 def wide_dtype(*tensors: Tensor) -> torch.dtype:

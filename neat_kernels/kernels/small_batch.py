@@ -19,6 +19,7 @@ from neat_kernels.kernels.small_reads import Operands, read_once
 from neat_kernels.kernels.small_tokens import down_partial, finish_tokens
 from neat_kernels.kernels.up_backward import up_backward
 from neat_kernels.torch_backend.low_rank import Branch
+from neat_kernels.vocabulary import arrange
 
 
 def forward(
@@ -39,7 +40,7 @@ def forward(
         chain = None if chain is None else chain.contiguous()
         P, Q = read_once(Operands(weight, x, A.t(), None, None, feature_dtype(weight, A), crossed), transposed=False)
         H, Z = finish_features(Q, chain, activation)
-        D, U = (H, B) if crossed else (B, H)
+        D, U = arrange(orientation, H, B)
         c = branch.compute_dtype or x.dtype
         shares = down_partial(x, D, seed, branch.dropout, c)
         S = shares.new_empty(shares.shape[1:], dtype=c)
@@ -68,7 +69,8 @@ def backward(
     """dx, dA, dB, dchain and dbias; empty tensors stand for those that nobody asked for beside dx and dA."""
     with launch.on(dy.device):
         crossed = orientation == "out"
-        (D, U), (dD_dtype, dU_dtype) = ((H, B), (Z.dtype, dB_dtype)) if crossed else ((B, H), (dB_dtype, Z.dtype))
+        D, U = arrange(orientation, H, B)
+        dD_dtype, dU_dtype = arrange(orientation, Z.dtype, dB_dtype)
         c = branch.compute_dtype or dy.dtype
         S = None if S is None else S.contiguous()
         dS, dU, dbias, _ = up_backward(dy, U, S, branch.scaling, c, dU_dtype, dbias_dtype)
@@ -77,7 +79,7 @@ def backward(
         if dD_dtype is not None:
             assert x is not None
             dD = down_backward(x, dS, seed, branch.dropout, dD_dtype)
-        dZ, dB = (dD, dU) if crossed else (dU, dD)
+        dZ, dB = arrange(orientation, dD, dU)
         assert dZ is not None
         if chain is None:
             given, shares = Operands(weight.t(), dy, dZ, Z, activation, torch.float32, crossed), None

@@ -17,11 +17,7 @@ from neat_kernels.ops.low_rank import cast_tokens, fake_tokens
 from neat_kernels.ops.register import as_rows, implementation, refuse_trainable_weight, register, with_columns
 from neat_kernels.plan import is_small_batch
 from neat_kernels.torch_backend.low_rank import Branch, Needs
-
-
-def _arrange(orientation: str, of_H: Any, of_B: Any) -> tuple[Any, Any]:
-    """What belongs to H and to B as what belongs to D and U, or back: the exchange is its own inverse."""
-    return (of_H, of_B) if orientation == "out" else (of_B, of_H)
+from neat_kernels.vocabulary import arrange
 
 
 def _neat_linear(
@@ -46,7 +42,7 @@ def _neat_linear(
         y, S, H, Z = small.forward(rows, weight, bias, A, B, chain, seed, orientation, activation, branch)
         return with_columns(y, x), S, H, Z
     H, Z = implementation("features", backend).forward(weight, A, chain, orientation, activation)
-    D, U = _arrange(orientation, H, B)
+    D, U = arrange(orientation, H, B)
     y, S = implementation("low_rank", backend).forward(rows, weight, bias, D, U, seed, branch)
     return with_columns(y, x), S, H, Z
 
@@ -105,13 +101,13 @@ def _neat_linear_backward(
         )  # fmt: skip
         return with_columns(dx, dy), *others
     through_features = dA_dtype is not None or need_dchain
-    D, U = _arrange(orientation, H, B)
-    of_factors = _arrange(orientation, Z.dtype if through_features and Z is not None else None, dB_dtype)
+    D, U = arrange(orientation, H, B)
+    of_factors = arrange(orientation, Z.dtype if through_features and Z is not None else None, dB_dtype)
     needs = Needs(need_dx, *of_factors, dbias_dtype)
     dx, dD, dU, dbias = implementation("low_rank", backend).backward(
         rows_of_dy, rows_of_x, weight, D, U, S, seed, branch, needs
     )
-    dH, dB = _arrange(orientation, dD, dU)
+    dH, dB = arrange(orientation, dD, dU)
     dA, dchain = dy.new_empty(0), dy.new_empty(0)
     if through_features:
         assert Z is not None
@@ -176,9 +172,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
         bias.dtype if need_dbias else None,
     )
     need_dH = need_dA or need_dchain
-    need_dD, need_dU = _arrange(ctx.options[0], need_dH, need_dB)
+    need_dD, need_dU = arrange(ctx.options[0], need_dH, need_dB)
     # D is read for dx, U for dS, which both dx and dD take.
-    read_H, read_B = _arrange(ctx.options[0], need_dx, need_dx or need_dD)
+    read_H, read_B = arrange(ctx.options[0], need_dx, need_dx or need_dD)
     ctx.save_for_backward(
         x if need_dD else None,
         weight if need_dx or need_dA else None,
