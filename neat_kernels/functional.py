@@ -84,7 +84,7 @@ def neat_linear(
     seed = draw_seed(x) if training and dropout > 0.0 else None
     chosen = choose_backend(backend, x.device, (x.dtype, weight.dtype, A.dtype), r)
     y, _, _, _ = NEAT_LINEAR(
-        x if x.ndim > 1 else x[None],
+        x,
         weight,
         bias,
         A,
@@ -98,7 +98,7 @@ def neat_linear(
         compute_dtype,
         token_backend(chosen, x.device, autocast_dtype(x), in_features, out_features),
     )
-    return y if x.ndim > 1 else y[0]
+    return y
 
 
 def neat_features(
@@ -188,7 +188,7 @@ def low_rank_linear(
     seed = draw_seed(x) if training and dropout > 0.0 else None
     chosen = choose_backend(backend, x.device, (x.dtype, weight.dtype, down.dtype, up.dtype), down.shape[1])
     y, _ = LOW_RANK_LINEAR(
-        x if x.ndim > 1 else x[None],
+        x,
         weight,
         bias,
         down,
@@ -199,7 +199,7 @@ def low_rank_linear(
         compute_dtype,
         token_backend(chosen, x.device, autocast_dtype(x), in_features, out_features),
     )
-    return y if x.ndim > 1 else y[0]
+    return y
 
 
 def _check_weight(weight: Tensor) -> None:

@@ -57,20 +57,21 @@ class Bound:
 
     def __call__(self, *tensors: Tensor | TensorDescriptor | None) -> None:
         """Launch with `tensors`, which the kernel has before all other arguments."""
+        if 0 in self._grid:
+            return
         if not isinstance(self._kernel, JITFunction):
-            if 0 not in self._grid:
-                self._kernel[self._grid](*tensors, *self._numbers, **self._constants)
+            self._kernel[self._grid](*tensors, *self._numbers, **self._constants)
             return
         key = (driver.active.get_current_device(), *map(_kind, tensors))
         found = self._compiled.get(key)
-        if found is not None:
-            start, rest = found
-            start(*tensors, *rest)
-        elif 0 not in self._grid:
+        if found is None:
             compiled = self._kernel[self._grid](*tensors, *self._numbers, **self._constants)
             names = self._kernel.arg_names[len(tensors) + len(self._numbers) :]
             rest = (*self._numbers, *(self._constants[name] for name in names))
             self._compiled[key] = compiled[(*self._grid, 1, 1)[:3]], rest
+            return
+        start, rest = found
+        start(*tensors, *rest)
 
 
 def _kind(argument: Tensor | TensorDescriptor | None) -> Hashable:
