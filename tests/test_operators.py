@@ -104,6 +104,17 @@ def test_neat_linear_passes_opcheck(orientation, depth, dropout):
     )
 
 
+@pytest.mark.parametrize("leading", [(), (2, 3), (2, 1, 3)], ids=str)
+def test_tokens_of_any_rank_pass_opcheck(leading):
+    t, weight = tensors()
+    x = torch.randn(*leading, 9, requires_grad=True)
+    A, B = (torch.randn(shape, requires_grad=True) for shape in ((3, 7), (7, 3)))
+    options = (None, 0.5, 0.0, torch.float32, "torch")
+    torch.library.opcheck(OPS.low_rank_linear.default, (x, weight, t["bias"], t["down"], t["up"], *options))
+    network = (A, B, None, None, "out", "silu")
+    torch.library.opcheck(OPS.neat_linear.default, (x, weight, t["bias"], *network, *options[1:]))
+
+
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=5)), ids=str)
 def test_neat_linear_backward_passes_opcheck(needs, orientation):
