@@ -2,7 +2,7 @@
 
 y, S, H, Z;  S and what follows are low_rank_linear's with D, U = H, B (out) or B, H (in)
 
-One call costs the host half of what two do, and lets a small batch share the reads of W between both sides.
+One call costs the host less than two do, and lets a small batch share the reads of W between both sides.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def register(
 def _differentiable(
     name: str, op: Any, backward: Callable[..., Any], setup_context: Callable[..., None] | None
 ) -> Callable[..., Any]:
-    """The operator's kernel of the key Autograd: torch.library.register_autograd's work at half of its host cost."""
+    """The operator's kernel of the key Autograd: that of torch.library.register_autograd, with less Python a call."""
 
     def forward(ctx: Any, *inputs: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
