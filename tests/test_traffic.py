@@ -13,7 +13,8 @@ pytest.importorskip("triton")
 import neat_kernels as nk
 from benchmarks import host_cost
 from benchmarks.gate.fake_driver import capture
-from neat_kernels.kernels import bound
+from neat_kernels.kernels import bound, launch, measured
+from neat_kernels.kernels.down import down
 from neat_kernels.vocabulary import ORIENTATIONS
 
 # Large enough for every reduction over rows to be split, 16-byte aligned.
@@ -258,6 +259,26 @@ def test_a_kernel_found_again_is_the_one_that_triton_finds(plan, target, monkeyp
         assert len(runs) > len(launches) / 2
         launched["by Triton"] = described(launches)
     assert launched["found again"] == launched["compiled"] == launched["by Triton"]
+
+
+def test_a_launch_prepared_before_takes_what_is_measured_now():
+    x, D = torch.empty(M, K, dtype=torch.bfloat16), torch.empty(K, R)
+
+    def block():
+        down(x, D, None, 0.0, torch.bfloat16)
+        return launches[-1].arguments["BLOCK_M"]
+
+    with capture("sm_90") as launches:
+        place = launch.target(x.device)
+        key, before = measured.Key(place.arch, place.name, "down", R), block()
+        other = launch.config("down", place, R, 2)._replace(block_m=2 * before)
+        with launch.trying(key, other):
+            assert block() == 2 * before
+        assert block() == before
+        launch.use_measured({key: other})
+        assert block() == 2 * before
+        launch.forget_measured()
+        assert block() == before
 
 
 def test_a_driver_that_records_nothing(monkeypatch):
