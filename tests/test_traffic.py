@@ -13,7 +13,8 @@ pytest.importorskip("triton")
 import neat_kernels as nk
 from benchmarks import host_cost
 from benchmarks.gate.fake_driver import capture
-from neat_kernels.kernels import bound, launch, measured
+from neat_kernels.kernels import bound, measured
+from neat_kernels.kernels import launch as launching
 from neat_kernels.kernels.down import down
 from neat_kernels.vocabulary import ORIENTATIONS
 
@@ -269,15 +270,15 @@ def test_a_launch_prepared_before_takes_what_is_measured_now():
         return launches[-1].arguments["BLOCK_M"]
 
     with capture("sm_90") as launches:
-        place = launch.target(x.device)
+        place = launching.target(x.device)
         key, before = measured.Key(place.arch, place.name, "down", R), block()
-        other = launch.config("down", place, R, 2)._replace(block_m=2 * before)
-        with launch.trying(key, other):
+        other = launching.config("down", place, R, 2)._replace(block_m=2 * before)
+        with launching.trying(key, other):
             assert block() == 2 * before
         assert block() == before
-        launch.use_measured({key: other})
+        launching.use_measured({key: other})
         assert block() == 2 * before
-        launch.forget_measured()
+        launching.forget_measured()
         assert block() == before
 
 
