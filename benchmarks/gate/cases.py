@@ -23,16 +23,17 @@ from neat_kernels.plan import most_of_a_small_batch
 from neat_kernels.torch_backend.low_rank import Branch
 
 _M, _N, _K = 2048, 4096, 4096
-_RANKS = (4, 16, 64, 128)
+_RANKS = {"bf16": (4, 16, 32, 64, 128), "fp16": (16, 128), "fp32": (16, 32, 64, 128)}
+_QUICK_RANK = 16
 _SMALL_RANKS = (16, 32, 64)
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def _cases() -> Iterator[Case]:
-    """Every configuration: all ranks and variants in bf16, the ends of the ranks in the other dtypes."""
+    """Every configuration: all ranks and variants in bf16, every width of the rank's tile in fp32, its ends in fp16."""
     for name, dtype in _DTYPES.items():
-        for r in _RANKS if name == "bf16" else (_RANKS[1], _RANKS[-1]):
-            quick = name == "bf16" and r == _RANKS[1]
+        for r in _RANKS[name]:
+            quick = name == "bf16" and r == _QUICK_RANK
             token, features = functools.partial(_token, dtype, r), functools.partial(_features, dtype, r)
             yield Case(f"token {name} r={r}", token, quick)
             yield Case(f"features {name} r={r}", features, quick)
@@ -58,7 +59,7 @@ def _small_cases() -> Iterator[Case]:
     """Every width of the tiles of tokens and of the rank, in the half types that have a small batch on a GPU."""
     for name, ranks in (("bf16", _SMALL_RANKS), ("fp16", _SMALL_RANKS[:1])):
         for r in ranks:
-            quick = name == "bf16" and r == _RANKS[1]
+            quick = name == "bf16" and r == _QUICK_RANK
             small, beside = (functools.partial(case, _DTYPES[name], r) for case in (_small, _small_tokens))
             yield Case(f"small batch {name} r={r}", small, quick)
             if name == "fp16":

@@ -56,7 +56,7 @@ CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
     },
     "gemm descriptor fp32": {
         "default": {128: Config(128, 128, 64, 8, 3)},
-        "sm_90": {16: Config(128, 64, 64, 8, 4), 128: Config(128, 128, 64, 8, 3)},
+        "sm_90": {32: Config(128, 64, 64, 8, 4), 128: Config(128, 128, 64, 8, 3)},
     },
     # [block_m rows] of a tall matrix times a narrow one, block_k of the reduction at a time, contiguous along it.
     "rows": {
@@ -75,11 +75,11 @@ CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
     "down dropout": {
         "default": {32: Config(32, 128, 64, 4, 3), 128: Config(32, 64, 64, 4, 2)},
         "sm_80": {32: Config(32, 128, 64, 4, 3), 128: Config(32, 64, 32, 4, 2)},
-        "gfx942": {32: Config(32, 128, 64, 4, 2), 128: Config(64, 64, 32, 4, 1)},
+        "sm_100": {16: Config(32, 128, 64, 4, 3), 32: Config(32, 128, 64, 4, 2), 128: Config(32, 64, 64, 4, 2)},
+        "gfx942": {16: Config(32, 128, 64, 4, 2), 32: Config(64, 128, 32, 4, 2), 128: Config(64, 64, 32, 4, 1)},
     },
     "down dropout fp32": {
-        "default": {32: Config(32, 64, 64, 4, 3), 128: Config(32, 32, 32, 4, 1)},
-        "sm_86": {32: Config(32, 64, 64, 4, 3), 64: Config(32, 32, 64, 4, 1), 128: Config(32, 32, 32, 4, 1)},
+        "default": {32: Config(32, 64, 64, 4, 3), 64: Config(32, 32, 32, 4, 2), 128: Config(32, 32, 32, 4, 1)},
         "gfx942": {32: Config(32, 64, 64, 4, 2), 128: Config(32, 32, 64, 4, 1)},
     },
     "down fp32": {
@@ -131,19 +131,26 @@ CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
         "default": {16: Config(32, 128, 0, 8, 2), 64: Config(32, 32, 0, 4, 2), 128: Config(32, 32, 0, 4, 1)},
         "sm_90": {16: Config(32, 128, 0, 8, 2), 64: Config(32, 64, 0, 8, 2), 128: Config(32, 32, 0, 4, 1)},
         "sm_100": {16: Config(32, 128, 0, 8, 2), 64: Config(32, 32, 0, 4, 2), 128: Config(32, 64, 0, 8, 1)},
-        "sm_120": {16: Config(32, 64, 0, 4, 2), 64: Config(32, 64, 0, 8, 1), 128: Config(32, 32, 0, 4, 1)},
+        "sm_120": {
+            16: Config(32, 64, 0, 4, 2),
+            32: Config(32, 64, 0, 8, 1),
+            64: Config(32, 32, 0, 4, 3),
+            128: Config(32, 32, 0, 4, 1),
+        },
         "gfx942": {16: Config(32, 128, 0, 8, 1), 128: Config(64, 32, 0, 4, 1)},
     },
     # dS from its partial sums, with tiles of block_n columns of a product of dS that follows.
     "finish": {
         "default": {32: Config(32, 128, 0, 4, 1), 128: Config(32, 64, 0, 4, 1)},
+        "sm_90": {16: Config(32, 128, 0, 4, 1), 32: Config(16, 128, 0, 4, 1), 128: Config(32, 64, 0, 4, 1)},
         "sm_120": {128: Config(32, 64, 0, 4, 1)},
         "gfx942": {32: Config(32, 128, 0, 4, 1), 128: Config(16, 64, 0, 4, 1)},
     },
     "finish fp32": {
         "default": {32: Config(16, 64, 0, 4, 1), 128: Config(32, 32, 0, 4, 1)},
-        "sm_90": {128: Config(16, 64, 0, 4, 1)},
-        "sm_100": {128: Config(16, 64, 0, 4, 1)},
+        "sm_90": {16: Config(16, 64, 0, 4, 1), 32: Config(16, 128, 0, 4, 1), 128: Config(16, 64, 0, 4, 1)},
+        "sm_100": {16: Config(16, 64, 0, 4, 1), 32: Config(32, 64, 0, 4, 1), 128: Config(16, 64, 0, 4, 1)},
+        "sm_120": {64: Config(16, 64, 0, 4, 1), 128: Config(32, 32, 0, 4, 1)},
     },
     # Both products of one read of W: tile [block_m, block_k] of V, by the wider of tokens and rank.
     "stacked": {
