@@ -98,7 +98,12 @@ CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
         "default": {32: Config(64, 0, 32, 4, 3), 128: Config(32, 0, 32, 4, 2)},
         "sm_90": {32: Config(64, 0, 32, 4, 3), 64: Config(32, 0, 32, 4, 1), 128: Config(32, 0, 32, 4, 2)},
         "sm_100": {32: Config(64, 0, 32, 8, 3), 128: Config(32, 0, 32, 4, 2)},
-        "sm_120": {32: Config(64, 0, 32, 8, 3), 128: Config(32, 0, 32, 4, 2)},
+        "sm_120": {
+            16: Config(64, 0, 32, 8, 3),
+            32: Config(64, 0, 32, 8, 2),
+            64: Config(32, 0, 32, 4, 1),
+            128: Config(32, 0, 32, 4, 2),
+        },
         "gfx942": {32: Config(64, 0, 32, 4, 2), 128: Config(64, 0, 32, 4, 1)},
     },
     # Tiles of 32 rows take mma.sync: wgmma would be serialised by the mask (C7515).
@@ -120,6 +125,7 @@ CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
         },
         "sm_90": {16: Config(64, 512, 0, 8, 3), 64: Config(64, 256, 0, 8, 3), 128: Config(64, 128, 0, 8, 3)},
         "sm_100": {16: Config(64, 512, 0, 8, 3), 64: Config(64, 256, 0, 8, 3), 128: Config(64, 128, 0, 8, 3)},
+        "sm_120": {32: Config(32, 256, 0, 4, 2), 64: Config(64, 128, 0, 8, 2), 128: Config(64, 64, 0, 8, 2)},
         "gfx942": {
             16: Config(64, 256, 0, 4, 1),
             32: Config(64, 256, 0, 8, 1),
@@ -156,7 +162,7 @@ CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
     "stacked": {
         "default": {128: Config(64, 0, 64, 4, 3)},
         "sm_100": {32: Config(64, 0, 64, 4, 3), 64: Config(64, 0, 64, 4, 1), 128: Config(64, 0, 64, 4, 3)},
-        "sm_120": {16: Config(64, 0, 64, 4, 3), 32: Config(64, 0, 64, 4, 2), 128: Config(64, 0, 64, 4, 3)},
+        "sm_120": {16: Config(64, 0, 64, 4, 3), 64: Config(64, 0, 64, 4, 2), 128: Config(64, 0, 64, 4, 3)},
     },
     "stacked fp32": {
         "default": {32: Config(64, 0, 64, 4, 3), 64: Config(64, 0, 32, 4, 3), 128: Config(64, 0, 32, 4, 2)},
@@ -183,7 +189,8 @@ CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
         "gfx942": {32: Config(32, 0, 64, 4, 2), 128: Config(32, 0, 64, 4, 1)},
     },
     "small_down fp32": {
-        "default": {128: Config(32, 0, 32, 4, 2)},
+        "default": {128: Config(16, 0, 64, 4, 2)},
+        "gfx942": {128: Config(32, 0, 64, 4, 1)},
     },
     # y and dx of a small batch from their partial sums: tile [block_m, block_n].
     "small_finish": {
@@ -193,7 +200,7 @@ CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
     "merge": {
         "default": {32: Config(64, 64, 0, 4, 1), 128: Config(32, 64, 0, 4, 1)},
         "sm_90": {128: Config(64, 64, 0, 4, 1)},
-        "sm_100": {128: Config(64, 64, 0, 4, 1)},
+        "sm_100": {32: Config(64, 64, 0, 4, 1), 64: Config(64, 32, 0, 4, 1), 128: Config(64, 64, 0, 4, 1)},
         "sm_120": {32: Config(64, 64, 0, 4, 1), 128: Config(64, 32, 0, 4, 1)},
         "gfx942": {128: Config(64, 64, 0, 4, 1)},
     },
