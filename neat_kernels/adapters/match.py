@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from neat_kernels.adapters.config import NeatConfig
 from neat_kernels.base_layer import checked_weight, is_conv1d
 from neat_kernels.layer import FusedNeatLinear
+from neat_kernels.options import LayerOptions
 from neat_kernels.vocabulary import nearest
 
 # Names under which transformers keeps the head of a classifier.
@@ -20,11 +21,11 @@ _CLASSIFIER_HEADS = ("score", "classifier")
 
 @dataclass
 class Target:
-    """A layer to adapt, under every name that it has in the model, and its rank."""
+    """A layer to adapt, under every name that it has in the model, and the options of its adapter."""
 
     module: nn.Module
     names: list[str]
-    r: int
+    options: LayerOptions
 
 
 def find_targets(model: nn.Module, config: NeatConfig) -> list[Target]:
@@ -56,8 +57,8 @@ def find_targets(model: nn.Module, config: NeatConfig) -> list[Target]:
         if any(_excluded(alias, config) for alias in aliases):
             continue
         for alias in aliases:
-            _check_adaptable(alias, module, modules.get(alias.rpartition(".")[0], model))
-        targets[id(module)] = Target(module, aliases, _rank(name, config, used_patterns))
+            check_adaptable(alias, module, modules.get(alias.rpartition(".")[0], model))
+        targets[id(module)] = Target(module, aliases, config.layer_options(_rank(name, config, used_patterns)))
     if unused := set(config.rank_pattern) - used_patterns:
         raise ValueError(f"rank_pattern {sorted(unused)} matched none of the adapted layers, for example {matched[:5]}")
     return list(targets.values())
@@ -187,7 +188,8 @@ def _nearest(entry: str, names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(by_suffix.get(name, name) for name in close))[:5]
 
 
-def _check_adaptable(name: str, module: nn.Module, parent: nn.Module) -> None:
+def check_adaptable(name: str, module: nn.Module, parent: nn.Module) -> None:
+    """Raise ValueError or TypeError unless the module can be adapted where it is."""
     if isinstance(module, FusedNeatLinear):
         raise ValueError(f"{name} is adapted already: call remove_neat() or merge_neat() first")
     if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):

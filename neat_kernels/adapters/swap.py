@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import TypeVar
 
@@ -13,11 +14,20 @@ from neat_kernels.adapters.match import Target, find_modules_to_save, find_targe
 from neat_kernels.base_layer import carry_hooks
 from neat_kernels.layer import FusedNeatLinear, neat_layers
 from neat_kernels.merge import SEEDS, check_rounding, draw_seed
+from neat_kernels.options import LayerOptions
 
 Model = TypeVar("Model", bound=nn.Module)
+Adapt = Callable[[nn.Module, LayerOptions], nn.Module]
 
 # Plain attribute of the adapted model: names of the parameters that were trainable before.
 _BEFORE = "_neat_trainable_before"
+# Plain attribute of the adapted model: names of the modules that are trained whole.
+_SAVED = "_neat_modules_to_save"
+
+
+def neat_layer(linear: nn.Module, options: LayerOptions) -> nn.Module:
+    """The Neat layer that takes the place of a linear layer."""
+    return FusedNeatLinear.from_linear(linear, **asdict(options))
 
 
 def apply_neat(model: Model, config: NeatConfig) -> Model:
@@ -38,12 +48,15 @@ def apply_neat(model: Model, config: NeatConfig) -> Model:
             then.
         TypeError: a matched module is no linear layer. The model is unchanged then.
     """
-    targets = find_targets(model, config)
-    saved = find_modules_to_save(model, config)
+    return insert(model, find_targets(model, config), find_modules_to_save(model, config))
+
+
+def insert(model: Model, targets: list[Target], saved: Mapping[str, nn.Module], adapt: Adapt = neat_layer) -> Model:
+    """`apply_neat` once it is known which layers are adapted, how, and which modules are trained whole, by name."""
     _check_saved(targets, saved)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     try:
-        layers = [_adapt(target, config) for target in targets]
+        layers = [_adapted(target, adapt) for target in targets]
     except BaseException:
         for p in trainable.values():
             p.requires_grad_(True)
@@ -57,7 +70,13 @@ def apply_neat(model: Model, config: NeatConfig) -> Model:
     for module in saved.values():
         module.requires_grad_(True)
     model.__dict__.setdefault(_BEFORE, tuple(trainable))
+    model.__dict__[_SAVED] = tuple(dict.fromkeys((*modules_to_save(model), *saved)))
     return model
+
+
+def modules_to_save(model: nn.Module) -> tuple[str, ...]:
+    """The names of the modules that `apply_neat` made trainable as a whole."""
+    return model.__dict__.get(_SAVED, ())
 
 
 def remove_neat(model: Model) -> Model:
@@ -77,6 +96,7 @@ def remove_neat(model: Model) -> Model:
         for name in names:
             _replace(model, name, linear)
     for module in model.modules():
+        module.__dict__.pop(_SAVED, None)
         trainable = module.__dict__.pop(_BEFORE, None)
         if trainable is not None:
             for name, p in module.named_parameters():
@@ -124,11 +144,12 @@ def merge_neat(model: Model, *, rounding: str = "nearest", seed: int | None = No
             _replace(model, name, linear)
     for module in model.modules():
         module.__dict__.pop(_BEFORE, None)
+        module.__dict__.pop(_SAVED, None)
     return model
 
 
-def _adapt(target: Target, config: NeatConfig) -> FusedNeatLinear:
-    layer = FusedNeatLinear.from_linear(target.module, **asdict(config.layer_options(target.r)))
+def _adapted(target: Target, adapt: Adapt) -> nn.Module:
+    layer = adapt(target.module, target.options)
     carry_hooks(target.module, layer)
     return layer
 
@@ -144,7 +165,7 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def _check_saved(targets: list[Target], saved: dict[str, nn.Module]) -> None:
+def _check_saved(targets: list[Target], saved: Mapping[str, nn.Module]) -> None:
     owners = {id(target.module.weight): target.names[0] for target in targets}
     for name, module in saved.items():
         for p in module.parameters():

@@ -1,0 +1,41 @@
+"""A hash of a frozen weight, by which a file tells the base that it belongs to."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from neat_kernels.adapters.errors import AdapterError
+
+_BLOCK_BYTES = 1 << 26
+
+
+def fingerprint(*tensors: Tensor | None) -> str:
+    """SHA-256 of dtype, shape and values, read in row blocks of 64 MiB.
+
+    Args:
+        tensors: W in the layout of its layer, then the frozen bias; None is left out.
+
+    Returns:
+        64 hexadecimal digits; equal for equal values, whatever the device and the strides.
+    """
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)};".encode())
+        rows = tensor.detach()
+        step = max(1, _BLOCK_BYTES // max(1, rows[:1].numel() * rows.element_size()))
+        for block in rows.split(step):
+            digest.update(memoryview(block.contiguous().cpu().view(torch.uint8).numpy()).cast("B"))
+    return digest.hexdigest()
+
+
+def check_plain(name: str, tensor: Tensor) -> Tensor:
+    """The tensor, if it holds its values here and whole; else AdapterError."""
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.device.type == "meta":
+        kind = "one on the meta device" if tensor.device.type == "meta" else f"a {type(tensor).__name__}"
+        raise AdapterError(f"{name}: expected a tensor that holds its values in this process, got {kind}; gather it")
+    return tensor

@@ -1,0 +1,127 @@
+"""Read an adapter from a folder into a model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from neat_kernels.adapters.base_check import warn_of_other_base
+from neat_kernels.adapters.description import Config, checked_config, read_config
+from neat_kernels.adapters.errors import AdapterError
+from neat_kernels.adapters.inventory import layer_options
+from neat_kernels.adapters.match import check_adaptable
+from neat_kernels.adapters.names import (
+    PARAMETER_PREFIX,
+    layer_parameters,
+    named_modules,
+    parameter_shapes,
+    unwrapped,
+)
+from neat_kernels.adapters.parts import Parts, find_parts, insert_missing, other_tensors
+from neat_kernels.adapters.save import METADATA
+from neat_kernels.adapters.weights import Weights
+from neat_kernels.base_layer import adapter_dtype, as_matrix, is_conv1d
+from neat_kernels.layer import FusedNeatLinear
+from neat_kernels.lora_layer import FusedLoraLinear
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def load_adapter(model: Model, folder: str | os.PathLike[str], *, check_base: bool = True) -> Model:
+    """Read an adapter that `save_adapter`, or stock PEFT with PEANUT, has written.
+
+    A plain model gets the Neat layers of the saved configuration first, as by `apply_neat`; a model that has them must
+    have the same ones. Nothing is unpickled.
+
+    Args:
+        model: the base model, or one with the same Neat layers; changed in place.
+        folder: with adapter_config.json and adapter_model.safetensors.
+        check_base: hash each base weight and warn where it is not the one that the adapter was trained on.
+
+    Returns:
+        The same model; what the folder holds is trainable.
+
+    Raises:
+        AdapterError: a file is missing, broken or foreign, or does not fit the model. The model is unchanged then.
+        ValueError: a layer of the model cannot be adapted. The model is unchanged then.
+        TypeError: a layer of the model is no linear layer. The model is unchanged then.
+    """
+    path = Path(folder)
+    config = checked_config(path, read_config(path))
+    root = unwrapped(model)
+    modules = named_modules(root)
+    with Weights(path) as weights:
+        prefix = PARAMETER_PREFIX[config.peft_type]
+        parts = find_parts(config.values, config.options, weights, f".{prefix}A.weight", modules)
+        _check_against_model(config, parts, modules, path)
+        others = other_tensors(parts, root)
+        expected = {**_adapter_tensors(parts, modules, prefix), **{n: (t.shape, t.dtype) for n, t in others.items()}}
+        weights.check_keys({name: tuple(shape) for name, (shape, _) in expected.items()})
+        values = {name: weights.read(name, dtype) for name, (_, dtype) in expected.items()}
+        known = weights.own_metadata(METADATA)
+    if check_base:
+        warn_of_other_base(known, parts, modules, path)
+    insert_missing(root, parts)
+    _copy(root, parts, others, values, prefix)
+    return model
+
+
+def _check_against_model(config: Config, parts: Parts, modules: Mapping[str, nn.Module], path: Path) -> None:
+    if strangers := [name for name in config.values.get("layer_options") or {} if name not in parts.layers]:
+        raise AdapterError(f"{path}: layer_options names {strangers[0]!r}, which has no tensors")
+    if lora := [name for name, m in modules.items() if isinstance(m, FusedLoraLinear)]:
+        raise AdapterError(f"expected a plain model, or one with Neat layers; {lora[0]!r} has a LoRA layer")
+    there = {name: m for name, m in modules.items() if isinstance(m, FusedNeatLinear)}
+    adapted = [name for name in parts.layers if name in there]
+    if there and len(adapted) < len(parts.layers):
+        missing = next(name for name in parts.layers if name not in there)
+        raise AdapterError(f"expected a plain model, or Neat layers where the adapter has them; {missing!r} has none")
+    ids = {id(modules[name]) for name in parts.layers}
+    if surplus := [name for name, layer in there.items() if id(layer) not in ids]:
+        raise AdapterError(f"expected Neat layers only where the adapter has them, got one at {surplus[0]!r} too")
+    for name in adapted:
+        layer = there[name]
+        have, want = replace(layer_options(layer), backend="auto"), parts.layers[name]
+        if have != want:
+            raise AdapterError(f"{name}: expected the options of the adapter, {want}; the layer has {have}")
+        if layer.merged:
+            raise AdapterError(f"{name} is merged: call unmerge() before load_adapter()")
+
+
+def _adapter_tensors(
+    parts: Parts, modules: Mapping[str, nn.Module], prefix: str
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each parameter that the adapters have or will have."""
+    tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for name, options in parts.layers.items():
+        module = modules[name]
+        if isinstance(module, FusedNeatLinear):
+            N, K, dtype = module.out_features, module.in_features, module.neat_A.dtype
+        else:
+            check_adaptable(name, module, modules.get(name.rpartition(".")[0], module))
+            weight = module.get_parameter("weight")
+            (N, K), dtype = as_matrix(weight, is_conv1d(module)).shape, adapter_dtype(weight.dtype)
+        own = parameter_shapes(options.r, N if options.orientation == "out" else K, options.depth)
+        tensors.update({f"{name}.{prefix}{suffix}": (shape, dtype) for suffix, shape in own.items()})
+    return tensors
+
+
+@torch.no_grad()
+def _copy(
+    root: nn.Module, parts: Parts, others: Mapping[str, Tensor], values: Mapping[str, Tensor], prefix: str
+) -> None:
+    modules = named_modules(root)
+    for name in parts.layers:
+        layer = modules[name]
+        assert isinstance(layer, FusedNeatLinear)
+        for suffix, parameter in layer_parameters(layer):
+            parameter.copy_(values[f"{name}.{prefix}{suffix}"])
+        layer.invalidate()
+    for name, tensor in others.items():
+        tensor.copy_(values[name])
