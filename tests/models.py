@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 VOCABULARY, WIDTH, HEADS, BLOCKS, CLASSES = 64, 32, 4, 2, 3
-BATCH, LENGTH, IMAGE, PATCH = 4, 10, 16, 8
+BATCH, LENGTH, IMAGE, PATCH, MELS = 4, 10, 16, 8, 8
 
 
 class Case(NamedTuple):
@@ -79,6 +79,46 @@ def vit():
     return ViTForImageClassification(config)
 
 
+def t5():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        vocab_size=VOCABULARY,
+        d_model=WIDTH,
+        d_kv=WIDTH // HEADS,
+        d_ff=48,
+        num_layers=BLOCKS,
+        num_heads=HEADS,
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
+    )
+    return T5ForConditionalGeneration(config)
+
+
+def whisper():
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    config = WhisperConfig(
+        vocab_size=VOCABULARY,
+        d_model=WIDTH,
+        encoder_layers=BLOCKS,
+        decoder_layers=BLOCKS,
+        encoder_attention_heads=HEADS,
+        decoder_attention_heads=HEADS,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        num_mel_bins=MELS,
+        max_source_positions=LENGTH,
+        max_target_positions=32,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+        decoder_start_token_id=1,
+        begin_suppress_tokens=None,
+    )
+    return WhisperForConditionalGeneration(config)
+
+
 def language_batch():
     tokens = torch.randint(2, VOCABULARY, (BATCH, LENGTH))
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
@@ -92,11 +132,18 @@ def image_batch():
     return {"pixel_values": torch.randn(BATCH, 3, IMAGE, IMAGE), "labels": torch.randint(0, CLASSES, (BATCH,))}
 
 
+def sound_batch():
+    return {"input_features": torch.randn(BATCH, MELS, 2 * LENGTH), "labels": torch.randint(2, VOCABULARY, (BATCH, 6))}
+
+
 CASES = {
     "llama": Case(llama, language_batch, ["q_proj", "v_proj", "down_proj"], 7 * BLOCKS),
     "gpt2": Case(gpt2, language_batch, ["c_attn", "mlp.c_proj"], 4 * BLOCKS),
     "roberta": Case(roberta, classification_batch, ["query", "value", "intermediate.dense"], 6 * BLOCKS),
     "vit": Case(vit, image_batch, ["q_proj", "v_proj", "fc2"], 6 * BLOCKS),
+    # An encoder and a decoder, whose attention has two sets of projections.
+    "t5": Case(t5, language_batch, ["q", "v", "wo"], 16 * BLOCKS),
+    "whisper": Case(whisper, sound_batch, ["q_proj", "v_proj", "fc2"], 16 * BLOCKS),
 }
 
 

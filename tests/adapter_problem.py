@@ -1,0 +1,42 @@
+"""Models with adapters that are not zero, and what they compute."""
+
+import torch
+
+import neat_kernels as nk
+from tests.models import CASES, make_case
+
+HEADS = {"roberta": ["classifier"], "vit": ["classifier"]}
+
+
+def adapted(name, **options):
+    """The model of `CASES[name]` with every trained value drawn anew, in eval mode, and a batch."""
+    model, batch = make_case(name)
+    options = {
+        "r": 4,
+        "target_modules": CASES[name].target_modules,
+        "scaling": 0.5,
+        "modules_to_save": HEADS.get(name),
+        **options,
+    }
+    nk.apply_neat(model, nk.NeatConfig(**options))
+    shake(model)
+    return model.eval(), batch
+
+
+def shake(model, size=0.1):
+    """Add noise to what trains."""
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(size * torch.randn_like(p))
+    return model
+
+
+def base(name):
+    """The model before anything was trained."""
+    return make_case(name)[0].eval()
+
+
+@torch.no_grad()
+def logits(model, batch):
+    return model.eval()(**batch).logits
