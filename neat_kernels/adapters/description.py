@@ -240,7 +240,7 @@ def check_names(values: Mapping[str, Any]) -> None:
 
 
 def _activation(act_fn: Any) -> str:
-    if act_fn not in ACTIVATION:
+    if not isinstance(act_fn, str) or act_fn not in ACTIVATION:
         raise ValueError(f"act_fn must be one of {', '.join(ACTIVATION)}; got {act_fn!r}")
     return ACTIVATION[act_fn]
 
