@@ -8,13 +8,11 @@ from peft import AutoPeftModelForCausalLM, PeanutConfig, PeftModel, TaskType, ge
 from torch import nn
 
 import neat_kernels as nk
-from tests.adapter_problem import HEADS, adapted, base, logits, shake
+from tests.adapter_problem import HEADS, adapted, agree, base, logits, shake
 from tests.models import CASES
 
 # PEFT's PEANUT takes nn.Linear alone.
 NAMES = [name for name in CASES if name != "gpt2"]
-# The same sums in another order.
-CLOSE = {"rtol": 0, "atol": 2e-6}
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2])
@@ -25,7 +23,7 @@ def test_peft_loads_what_is_saved(tmp_path, name, depth):
     peft_model = PeftModel.from_pretrained(base(name), tmp_path / "adapter")
     expected = logits(model, batch)
     assert (expected - logits(base(name), batch)).abs().max() > 1e-3
-    torch.testing.assert_close(logits(peft_model, batch), expected, **CLOSE)
+    agree(logits(peft_model, batch), expected)
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2])
@@ -40,7 +38,7 @@ def test_what_peft_saved_is_loaded(tmp_path, name, depth):
     expected = logits(peft_model, batch)
     peft_model.save_pretrained(tmp_path / "adapter")
     model = nk.load_adapter(base(name), tmp_path / "adapter")
-    torch.testing.assert_close(logits(model, batch), expected, **CLOSE)
+    agree(logits(model, batch), expected)
     for module in model.modules():
         if isinstance(module, nk.FusedNeatLinear):
             assert (module.depth, module.scaling) == (depth, 0.5)
@@ -62,16 +60,16 @@ def test_names_of_activations(tmp_path, act_fn, activation):
     peft_model.save_pretrained(tmp_path / "stock")
     model = nk.load_adapter(base("llama"), tmp_path / "stock")
     assert {m.activation for m in model.modules() if isinstance(m, nk.FusedNeatLinear)} == {activation}
-    torch.testing.assert_close(logits(model, batch), logits(peft_model, batch), **CLOSE)
+    agree(logits(model, batch), logits(peft_model, batch))
     nk.save_adapter(model, tmp_path / "ours")
     again = PeftModel.from_pretrained(base("llama"), tmp_path / "ours")
-    torch.testing.assert_close(logits(again, batch), logits(peft_model, batch), **CLOSE)
+    agree(logits(again, batch), logits(peft_model, batch))
 
 
 def test_an_activation_that_has_no_kernel_is_refused(tmp_path):
     config = PeanutConfig(r=4, act_fn="mish", target_modules=["q_proj"])
     get_peft_model(base("llama"), config).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(nk.AdapterError, match="act_fn must be one of relu, .*; got 'mish'"):
+    with pytest.raises(nk.AdapterError, match=r"act_fn must be one of relu, .*; got 'mish'"):
         nk.load_adapter(base("llama"), tmp_path / "adapter")
 
 
@@ -90,7 +88,7 @@ def test_every_way_that_peft_names_layers(tmp_path, selection):
     peft_model = shake(get_peft_model(base("llama"), PeanutConfig(r=4, **selection)))
     peft_model.save_pretrained(tmp_path / "adapter")
     model = nk.load_adapter(base("llama"), tmp_path / "adapter")
-    torch.testing.assert_close(logits(model, batch), logits(peft_model, batch), **CLOSE)
+    agree(logits(model, batch), logits(peft_model, batch))
 
 
 def test_a_task_and_a_second_adapter_of_peft(tmp_path):
@@ -102,7 +100,7 @@ def test_a_task_and_a_second_adapter_of_peft(tmp_path):
     peft_model.set_adapter("other")
     peft_model.save_pretrained(tmp_path / "both")
     model = nk.load_adapter(base("roberta"), tmp_path / "both" / "other")
-    torch.testing.assert_close(logits(model, batch), logits(peft_model, batch), **CLOSE)
+    agree(logits(model, batch), logits(peft_model, batch))
 
 
 def test_auto_peft_finds_the_base(tmp_path):
@@ -114,7 +112,7 @@ def test_auto_peft_finds_the_base(tmp_path):
     nk.save_adapter(model, tmp_path / "adapter")
     _, batch = adapted("llama")
     peft_model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
-    torch.testing.assert_close(logits(peft_model, batch), logits(model, batch), **CLOSE)
+    agree(logits(peft_model, batch), logits(model, batch))
 
 
 def test_a_classifier_says_its_task_only_with_its_head(tmp_path):
@@ -123,7 +121,7 @@ def test_a_classifier_says_its_task_only_with_its_head(tmp_path):
         nk.save_adapter(model, tmp_path / str(task))
         assert json.loads((tmp_path / str(task) / "adapter_config.json").read_text())["task_type"] == task
         peft_model = PeftModel.from_pretrained(base("roberta"), tmp_path / str(task))
-        torch.testing.assert_close(logits(peft_model, batch), logits(model, batch), **CLOSE)
+        agree(logits(peft_model, batch), logits(model, batch))
 
 
 def test_peft_refuses_a_folder_of_type_neat(tmp_path):

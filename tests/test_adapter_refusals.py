@@ -257,7 +257,7 @@ def test_values_that_could_not_be_loaded_do_not_replace_good_ones(tmp_path):
     expected = logits(model, batch)
     with torch.no_grad():
         next(p for p in model.parameters() if p.requires_grad)[0, 0] = float("nan")
-    with pytest.raises(nk.AdapterError, match="q_proj.neat_A.weight: expected finite values"):
+    with pytest.raises(nk.AdapterError, match=r"q_proj\.neat_A\.weight: expected finite values"):
         nk.save_adapter(model, tmp_path / "adapter", overwrite=True)
     assert torch.equal(logits(nk.load_adapter(base("llama"), tmp_path / "adapter"), batch), expected)
 
