@@ -48,13 +48,14 @@ def options(
 @contextmanager
 def told_plainly() -> Iterator[None]:
     """Turn the errors a user can act on into one message and an exit status."""
+    from neat_kernels.adapters.errors import AdapterError
     from neat_kernels.finetune.settings import UsageError
     from neat_kernels.finetune.train import TrainingError
     from neat_kernels.tuning import TuningError
 
     try:
         yield
-    except (UsageError, TrainingError, TuningError) as error:
+    except (UsageError, TrainingError, TuningError, AdapterError, OSError) as error:
         Console(stderr=True).print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(USAGE if isinstance(error, UsageError) else FAILURE) from error
 
@@ -188,6 +189,55 @@ def tune(
         from neat_kernels.tuning.command import run
 
         run(given, Console())
+
+
+FOLDER, OUTPUT = "Folder of the adapter.", "New folder for the result."
+BASE = "Folder or hub id of the base model."
+RECORDED = "the one in the adapter's configuration"
+
+
+@app.command()
+def inspect(folder: Annotated[Path, typer.Argument(help=FOLDER)]) -> None:
+    """Print what an adapter folder holds, and check every value of it."""
+    with told_plainly():
+        from neat_kernels.adapters.command import inspect as run
+
+        run(folder, Console())
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help=FOLDER)],
+    output: Annotated[Path, typer.Argument(help=OUTPUT)],
+    model: Annotated[Text, typer.Option(help=BASE, show_default=RECORDED)] = None,
+    pad_to: Annotated[
+        Text, typer.Option(help="Rank of every layer, or vllm for one that it takes.", show_default="the largest")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is there.")] = False,
+) -> None:
+    """Write a Neat adapter as the LoRA adapter that it is, for PEFT and what serves its LoRA folders."""
+    with told_plainly():
+        from neat_kernels.adapters.command import export as run
+
+        quiet_libraries()
+        run(folder, output, model, pad_to, overwrite, Console())
+
+
+@app.command()
+def merge(
+    folder: Annotated[Path, typer.Argument(help=FOLDER)],
+    output: Annotated[Path, typer.Argument(help=OUTPUT)],
+    model: Annotated[Text, typer.Option(help=BASE, show_default=RECORDED)] = None,
+    rounding: Annotated[Text, typer.Option(help="nearest, or stochastic for bfloat16.", show_default="nearest")] = None,
+    seed: Annotated[Whole, typer.Option(help="Seed of stochastic rounding.", show_default="drawn")] = None,
+    dtype: Annotated[Text, typer.Option(help="Of the merged weights.", show_default="the base model's")] = None,
+) -> None:
+    """Write the base model with the adapter merged into its weights."""
+    with told_plainly():
+        from neat_kernels.adapters.command import merge as run
+
+        quiet_libraries()
+        run(folder, output, model, rounding or "nearest", seed, dtype, Console())
 
 
 def quiet_libraries() -> None:

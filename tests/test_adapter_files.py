@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import nn
 
 import neat_kernels as nk
+from neat_kernels.adapters.fingerprint import fingerprint
 from neat_kernels.adapters.names import naming
 from tests.adapter_problem import adapted, base, logits, shake
 from tests.models import CASES
@@ -196,6 +197,23 @@ def test_another_base_warns_and_names_the_layer(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         nk.load_adapter(base("llama").to(torch.bfloat16), tmp_path / "adapter", check_base=False)
+
+
+def test_the_hash_is_of_values():
+    W = torch.randn(70, 50).to(torch.bfloat16)
+    same = fingerprint(W)
+    assert same == fingerprint(W.float()) == fingerprint(W.t().contiguous().t(), None)
+    changed = W.clone()
+    changed[69, 49] += 1
+    others = [changed, W[:-1], W.t(), W.reshape(50, 70), -W]
+    assert len({same, fingerprint(W, W[0]), *map(fingerprint, others)}) == 7
+
+
+def test_the_hash_reads_every_block(monkeypatch):
+    W = torch.randn(70, 50)
+    whole = fingerprint(W)
+    monkeypatch.setattr("neat_kernels.adapters.fingerprint._BLOCK_BYTES", 3 * 50 * 4)
+    assert fingerprint(W) == whole
 
 
 def test_a_warning_about_many_layers_is_short(tmp_path):

@@ -8,12 +8,16 @@ import torch
 from torch import Tensor
 
 from neat_kernels.adapters.errors import AdapterError
+from neat_kernels.vocabulary import wide_dtype
 
 _BLOCK_BYTES = 1 << 26
 
 
 def fingerprint(*tensors: Tensor | None) -> str:
-    """SHA-256 of dtype, shape and values, read in row blocks of 64 MiB.
+    """SHA-256 of shapes and values, read in row blocks of 64 MiB.
+
+    Half values are hashed as float32, which holds them exactly: a bfloat16 checkpoint that is loaded in float32 is the
+    same base.
 
     Args:
         tensors: W in the layout of its layer, then the frozen bias; None is left out.
@@ -25,11 +29,12 @@ def fingerprint(*tensors: Tensor | None) -> str:
     for tensor in tensors:
         if tensor is None:
             continue
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)};".encode())
+        dtype = wide_dtype(tensor)
+        digest.update(f"{dtype} {tuple(tensor.shape)};".encode())
         rows = tensor.detach()
-        step = max(1, _BLOCK_BYTES // max(1, rows[:1].numel() * rows.element_size()))
+        step = max(1, _BLOCK_BYTES // max(1, rows[:1].numel() * dtype.itemsize))
         for block in rows.split(step):
-            digest.update(memoryview(block.contiguous().cpu().view(torch.uint8).numpy()).cast("B"))
+            digest.update(memoryview(block.to(dtype).cpu().contiguous().view(torch.uint8).numpy()).cast("B"))
     return digest.hexdigest()
 
 

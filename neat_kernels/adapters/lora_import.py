@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from neat_kernels.adapters.base_check import warn_of_other_base
+from neat_kernels.adapters.base_model import load_base
 from neat_kernels.adapters.description import ABOUT, CONFIG_FILE, SELECTION, check_known, check_names, read_config
 from neat_kernels.adapters.errors import AdapterError
 from neat_kernels.adapters.inventory import ADAPTED
@@ -32,14 +33,6 @@ _READ = (
 _IDLE = {"megatron_core": "megatron.core", "qalora_group_size": 16}
 # Ways to begin that leave the base weight as it is; PiSSA, OLoRA, CorDA and LoftQ change it.
 _INITS = (True, False, "gaussian", "eva", "orthogonal")
-_AUTO = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
 
 
 def from_lora(
@@ -75,7 +68,7 @@ def from_lora(
     path = Path(folder)
     values = read_config(path, (LORA,))
     _check(path / CONFIG_FILE, values)
-    target = _base_model(path, values) if model is None else model
+    target = load_base(path, values, None) if model is None else model
     root = unwrapped(target)
     modules = named_modules(root)
     if adapted := [name for name, module in modules.items() if isinstance(module, ADAPTED)]:
@@ -169,15 +162,3 @@ def _lora_layer(linear: nn.Module, options: LayerOptions) -> nn.Module:
         compute_dtype=options.compute_dtype,
         backend=options.backend,
     )
-
-
-def _base_model(path: Path, values: Mapping[str, Any]) -> nn.Module:
-    name, task = values.get("base_model_name_or_path"), values.get("task_type")
-    if not isinstance(name, str) or not name or task not in _AUTO:
-        raise AdapterError(
-            f"{path}: expected model=, or a configuration that names the base model and its task; "
-            f"got base_model_name_or_path {name!r} and task_type {task!r}"
-        )
-    import transformers
-
-    return getattr(transformers, _AUTO[task]).from_pretrained(name)

@@ -92,6 +92,15 @@ class Weights:
             raise AdapterError(f"{self.path}: expected finite values of {dtype} in {name}, got NaN or infinity")
         return value
 
+    def read_any(self, name: str) -> Tensor:
+        """The values of one tensor in its own dtype, or float64 of integers.
+
+        Raises:
+            AdapterError: values are not finite.
+        """
+        own = self._file.get_tensor(PREFIX + name)
+        return self.read(name, own.dtype) if own.is_floating_point() else own.double()
+
     def own_metadata(self, key: str) -> dict[str, Any]:
         """The JSON object under a key of the metadata; empty where there is none.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,15 @@ from rich.console import Console
 from rich.table import Table
 
 from neat_kernels.environment import device_name, versions
+from neat_kernels.finetune.artifacts import Task, save_trained
 from neat_kernels.finetune.batches import TaskTokens, plan_steps, tokenize
 from neat_kernels.finetune.corpus import load_docstrings
 from neat_kernels.finetune.data import TextData, load_file
 from neat_kernels.finetune.methods import ALL_LINEAR
-from neat_kernels.finetune.model import Pretrained, require_targets
+from neat_kernels.finetune.model import Pretrained, TextClassifier, require_targets
 from neat_kernels.finetune.progress import TerminalProgress
 from neat_kernels.finetune.report import CURVES, RESULTS, comparisons, draw_curves, results_json, results_table
-from neat_kernels.finetune.settings import Settings, UsageError
+from neat_kernels.finetune.settings import METHODS, Settings, UsageError
 from neat_kernels.finetune.train import MethodResult, train_method
 
 ADAPTER_METHODS = frozenset({"lora", "neat"})
@@ -50,10 +52,11 @@ def run(settings: Settings, console: Console) -> Path:
 
     Raises:
         UsageError: if something that was asked for cannot be done; nothing has been trained or written then.
-        TrainingError: if a method's loss is no longer finite; nothing has been written then.
+        TrainingError: if a method's loss is no longer finite; what earlier methods have trained is there then.
     """
     prepared = prepare_run(settings, console)
     print_plan(settings, prepared, console)
+    left: list[str] = []
     with TerminalProgress(console) as progress:
         results = [
             train_method(
@@ -65,6 +68,7 @@ def run(settings: Settings, console: Console) -> Path:
                 len(prepared.data.label_names),
                 prepared.device,
                 progress,
+                partial(leave, left, method, settings, prepared),
             )
             for method in settings.methods
         ]
@@ -72,8 +76,20 @@ def run(settings: Settings, console: Console) -> Path:
     for line in comparisons(results):
         console.print(line, highlight=False)
     write_results(settings, prepared, results)
+    console.print("What was trained, and how to load it:", *left, sep="\n  ", soft_wrap=True, markup=False)
     console.print(f"Curves and results: {settings.output / CURVES}, {settings.output / RESULTS}", soft_wrap=True)
     return settings.output
+
+
+def leave(left: list[str], method: str, settings: Settings, prepared: Prepared, model: TextClassifier) -> None:
+    """Write what a method has trained, and add how to load it to `left`."""
+    # A folder by its whole path, since the classifier may be loaded from another one.
+    local = settings.model is not None and prepared.pretrained.local
+    name = os.path.abspath(prepared.pretrained.location) if local else settings.model
+    task = Task(name, prepared.data.label_names, prepared.tokens.max_length)
+    rows = range(min(len(prepared.tokens.validation), settings.batch_size))
+    batch = prepared.tokens.validation.batch(rows, prepared.device)
+    left += save_trained(settings.output / method, method, model, task, batch, settings.overwrite)
 
 
 def prepare_run(settings: Settings, console: Console) -> Prepared:
@@ -113,7 +129,7 @@ def check_output(output: Path, overwrite: bool) -> None:
     """Raise UsageError unless results can be written to `output` without replacing others unasked."""
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output must be a folder; {output} is a file")
-    there = [name for name in (CURVES, RESULTS) if (output / name).exists()]
+    there = [name for name in (CURVES, RESULTS, *METHODS) if (output / name).exists()]
     if there and not overwrite:
         raise UsageError(f"--output {output} holds {there[0]} of an earlier run: choose another, or add --overwrite")
     parent = output.absolute()

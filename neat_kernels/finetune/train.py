@@ -6,7 +6,7 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -142,6 +142,7 @@ def train_method(
     num_labels: int,
     device: torch.device,
     progress: Progress,
+    keep: Callable[[TextClassifier], None] = lambda model: None,
 ) -> MethodResult:
     """Load the model, train it by one method and measure it; every method sees the same head, batches and order.
 
@@ -154,6 +155,7 @@ def train_method(
         num_labels: number of classes.
         device: where to train.
         progress: told about each step and evaluation.
+        keep: given the trained model before it is dropped.
 
     Returns:
         The measured result.
@@ -176,6 +178,7 @@ def train_method(
     progress.start(method, settings.steps)
     run_steps(trainer, settings, tokens, result, progress)
     result.test_right = trainer.right(tokens.test)
+    keep(model)
     del trainer, model, backbone
     release_memory(device)
     return result

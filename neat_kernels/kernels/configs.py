@@ -53,6 +53,7 @@ CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
     # Wider masked tiles spill 9 KB a thread on triton 3.9, and none on 3.7.
     "gemm descriptor dropout": {
         "default": {128: Config(128, 64, 64, 8, 4)},
+        "sm_100": {32: Config(128, 64, 64, 8, 4), 64: Config(128, 64, 64, 8, 3), 128: Config(128, 64, 64, 8, 4)},
     },
     "gemm descriptor fp32": {
         "default": {128: Config(128, 128, 64, 8, 3)},
@@ -80,6 +81,7 @@ CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
     },
     "down dropout fp32": {
         "default": {32: Config(32, 64, 64, 4, 3), 64: Config(32, 32, 32, 4, 2), 128: Config(32, 32, 32, 4, 1)},
+        "sm_100": {32: Config(32, 64, 64, 4, 3), 64: Config(32, 32, 64, 4, 1), 128: Config(32, 32, 32, 4, 1)},
         "gfx942": {32: Config(32, 64, 64, 4, 2), 128: Config(32, 32, 64, 4, 1)},
     },
     "down fp32": {
@@ -154,7 +156,12 @@ CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
     },
     "finish fp32": {
         "default": {32: Config(16, 64, 0, 4, 1), 128: Config(32, 32, 0, 4, 1)},
-        "sm_90": {16: Config(16, 64, 0, 4, 1), 32: Config(16, 128, 0, 4, 1), 128: Config(16, 64, 0, 4, 1)},
+        "sm_90": {
+            16: Config(16, 64, 0, 4, 1),
+            32: Config(16, 128, 0, 4, 1),
+            64: Config(32, 64, 0, 4, 1),
+            128: Config(16, 64, 0, 4, 1),
+        },
         "sm_100": {16: Config(16, 64, 0, 4, 1), 32: Config(32, 64, 0, 4, 1), 128: Config(16, 64, 0, 4, 1)},
         "sm_120": {64: Config(16, 64, 0, 4, 1), 128: Config(32, 32, 0, 4, 1)},
     },

@@ -1,0 +1,201 @@
+"""What a run leaves behind: each method's adapter and head, and how to load them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neat_kernels.adapters.folder import check_destination, whole_folder
+from neat_kernels.adapters.load import load_adapter
+from neat_kernels.adapters.lora_export import export_lora
+from neat_kernels.adapters.lora_import import from_lora
+from neat_kernels.adapters.save import save_adapter, write_json, write_tensors
+from neat_kernels.finetune.batches import Batch, Tokens
+from neat_kernels.finetune.model import Pretrained, TextClassifier
+from neat_kernels.finetune.settings import UsageError
+
+CLASSIFIER, HEAD, ADAPTER, LORA, MODEL = "classifier.json", "head.safetensors", "adapter", "lora", "model"
+FORMAT = 1
+_PREDICTION_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a classifier needs to know beside its weights.
+
+    Args:
+        model: as in the settings; None is the default model.
+        labels: name of each label index.
+        max_length: tokens read of each text.
+    """
+
+    model: str | None
+    labels: tuple[str, ...]
+    max_length: int
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A trained classifier, ready to label texts."""
+
+    model: TextClassifier
+    tokenizer: Any
+    task: Task
+
+    @torch.no_grad()
+    def probabilities(self, texts: Sequence[str]) -> Tensor:
+        """Probability of each label for each text, [texts, labels] in float32."""
+        if not texts:
+            return torch.empty(0, len(self.task.labels))
+        self.model.eval()
+        ids = self.tokenizer(list(texts), truncation=True, max_length=self.task.max_length)["input_ids"]
+        tokens = Tokens(tuple(map(tuple, ids)), (0,) * len(ids), self.tokenizer.pad_token_id)
+        starts = range(0, len(ids), _PREDICTION_BATCH)
+        rows = [list(range(len(ids)))[start : start + _PREDICTION_BATCH] for start in starts]
+        batches = (tokens.batch(chosen, self.model.head.weight.device) for chosen in rows)
+        return torch.cat([self.model(batch.ids, batch.mask).float().softmax(-1).cpu() for batch in batches])
+
+    def __call__(self, texts: Sequence[str]) -> list[str]:
+        """The most probable label of each text."""
+        return [self.task.labels[index] for index in self.probabilities(texts).argmax(-1).tolist()]
+
+
+def save_trained(
+    folder: Path, method: str, model: TextClassifier, task: Task, batch: Batch, overwrite: bool
+) -> list[str]:
+    """Write what `method` has trained: its adapter or model, the head and the labels.
+
+    Args:
+        folder: of this method; classifier.json in it is written last.
+        method: probe, lora, neat or full.
+        model: the trained model.
+        task: what the labels are.
+        batch: texts by which the export as LoRA is checked.
+        overwrite: replace what an earlier run has left there.
+
+    Returns:
+        What was written and how it is loaded, a line each.
+
+    Raises:
+        AdapterError: the folder holds other files, or what was trained is not finite.
+        OSError: the disk is full or cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CLASSIFIER).unlink(missing_ok=True)
+    lines = _SAVE[method](folder, model.backbone, batch, overwrite)
+    head = {name: value.detach().cpu().contiguous() for name, value in model.head.state_dict().items()}
+    _replace(folder / HEAD, lambda path: write_tensors(path, head, {}))
+    facts = {"format": FORMAT, "method": method, "model": task.model, "labels": task.labels}
+    _replace(folder / CLASSIFIER, lambda path: write_json(path, {**facts, "max_length": task.max_length}))
+    return [f'neat_kernels.finetune.load_classifier("{folder}") labels texts', *lines]
+
+
+def load_classifier(folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> Classifier:
+    """The classifier that `neat-kernels finetune` has left in the folder of one method.
+
+    Args:
+        folder: with classifier.json.
+        device: where the classifier goes.
+
+    Returns:
+        It labels texts: `classifier(["..."])`.
+
+    Raises:
+        UsageError: the folder holds no whole classifier, or its base model is not there.
+        AdapterError: its adapter is broken or does not fit the base model.
+    """
+    path = Path(folder)
+    task, method = _read_task(path)
+    pretrained = Pretrained.find(task.model)
+    backbone = _load_backbone(path, method, pretrained)
+    model = TextClassifier(backbone, pretrained.config.hidden_size, len(task.labels), seed=0)
+    _load_head(path / HEAD, model.head)
+    return Classifier(model.to(device).eval(), pretrained.tokenizer, task)
+
+
+def _save_neat(folder: Path, backbone: nn.Module, batch: Batch, overwrite: bool) -> list[str]:
+    saved = save_adapter(backbone, folder / ADAPTER, overwrite=overwrite)
+    inputs = {"input_ids": batch.ids, "attention_mask": batch.mask}
+    exported = export_lora(backbone, folder / LORA, batch=inputs, overwrite=overwrite)
+    by_peft = "" if saved.reasons else f', or peft.PeftModel.from_pretrained(model, "{folder / ADAPTER}")'
+    return [
+        f'neat_kernels.load_adapter(model, "{folder / ADAPTER}"){by_peft}',
+        f'peft.PeftModel.from_pretrained(model, "{folder / LORA}") as LoRA; the hidden states differ by at most '
+        f"{exported.max_difference:.1g} of {exported.max_logit:.1g}",
+    ]
+
+
+def _save_lora(folder: Path, backbone: Any, batch: Batch, overwrite: bool) -> list[str]:
+    _save_pretrained(folder / ADAPTER, backbone, overwrite)
+    return [
+        f'peft.PeftModel.from_pretrained(model, "{folder / ADAPTER}"), '
+        f'or neat_kernels.from_lora("{folder / ADAPTER}", model)'
+    ]
+
+
+def _save_full(folder: Path, backbone: Any, batch: Batch, overwrite: bool) -> list[str]:
+    _save_pretrained(folder / MODEL, backbone, overwrite)
+    return [f'transformers.AutoModel.from_pretrained("{folder / MODEL}")']
+
+
+def _save_probe(folder: Path, backbone: Any, batch: Batch, overwrite: bool) -> list[str]:
+    return []
+
+
+_SAVE = {"neat": _save_neat, "lora": _save_lora, "full": _save_full, "probe": _save_probe}
+
+
+def _save_pretrained(folder: Path, model: Any, overwrite: bool) -> None:
+    there = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    check_destination(folder, overwrite, there)
+    with whole_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+
+
+def _replace(path: Path, write: Any) -> None:
+    temporary = path.with_name(f".{path.name}.writing")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read_task(folder: Path) -> tuple[Task, str]:
+    try:
+        facts = json.loads((folder / CLASSIFIER).read_text(encoding="utf-8"))
+        if facts["format"] != FORMAT or facts["method"] not in _SAVE:
+            raise ValueError(f"format {facts['format']!r} of method {facts['method']!r}")
+        return Task(facts["model"], tuple(facts["labels"]), int(facts["max_length"])), facts["method"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{folder}: expected a whole classifier with a {CLASSIFIER}, got {error!r}") from error
+
+
+def _load_backbone(folder: Path, method: str, pretrained: Pretrained) -> nn.Module:
+    if method == "full":
+        from transformers import AutoModel
+
+        return AutoModel.from_pretrained(folder / MODEL, dtype=torch.float32, local_files_only=True)
+    backbone = pretrained.load(torch.float32)
+    if method == "neat":
+        load_adapter(backbone, folder / ADAPTER)
+    elif method == "lora":
+        from_lora(folder / ADAPTER, backbone)
+    return backbone
+
+
+def _load_head(path: Path, head: nn.Linear) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        head.load_state_dict(load_file(path))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise UsageError(f"{path}: expected the weight and bias of a head, got {error}") from error

@@ -1,0 +1,198 @@
+"""neat-kernels inspect, export and merge, and what a fine-tuning run leaves behind."""
+
+import json
+import math
+import os
+
+import pytest
+import torch
+from finetune_problem import rows, save_model, write_jsonl
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import neat_kernels as nk
+from neat_kernels.cli import app
+from neat_kernels.finetune import load_classifier
+from tests.adapter_problem import adapted, agree, base, logits, shake
+
+METHODS = ("probe", "lora", "neat", "full")
+
+
+def run(*arguments):
+    return CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(argument) for argument in arguments])
+
+
+def told(result, *words):
+    """The command failed, plainly."""
+    assert result.exit_code == 1, result.output
+    assert result.output.startswith("Error: ")
+    for word in words:
+        assert word in result.output
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A tiny Llama on the disk, and an adapter of it that names it."""
+    base("llama").to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    shake(nk.apply_neat(model, nk.NeatConfig(r=5, target_modules=["q_proj", "down_proj"], activation="sin2pi")))
+    nk.save_adapter(model, tmp_path / "adapter")
+    return model
+
+
+def test_inspect(tmp_path, saved):
+    result = run("inspect", tmp_path / "adapter")
+    assert result.exit_code == 0, result.output
+    for words in (
+        "NEAT",
+        "sin2pi",
+        str(tmp_path / "base"),
+        "hashes of 4 base weights",
+        "self_attn.q_proj.neat_A.weight",
+    ):
+        assert words in result.output
+    assert "5 × 32" in result.output
+    told(run("inspect", tmp_path), "expected a file adapter_config.json")
+
+
+def test_inspect_reads_every_value(tmp_path, saved):
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(iter(tensors))
+    tensors[name][-1, -1] = math.nan
+    save_file(tensors, path)
+    told(run("inspect", tmp_path / "adapter"), "expected finite values")
+
+
+def test_export(tmp_path, saved):
+    result = run("export", tmp_path / "adapter", tmp_path / "lora", "--pad-to", "vllm")
+    assert result.exit_code == 0, result.output
+    assert "LORA, rank 8, 4 layers" in result.output
+    assert "Warning" not in result.output, "the base is the same in bfloat16 as in float32"
+    _, batch = adapted("llama")
+    reread = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    agree(logits(PeftModel.from_pretrained(reread, tmp_path / "lora"), batch), logits(saved, batch))
+    assert "LORA" in run("inspect", tmp_path / "lora").output
+    told(run("export", tmp_path / "adapter", tmp_path / "lora"), "is not empty")
+    assert run("export", tmp_path / "adapter", tmp_path / "lora", "--overwrite", "--pad-to", 7).exit_code == 0
+    told(run("export", tmp_path / "adapter", tmp_path / "x", "--pad-to", 3), "expected at least the rank")
+    told(run("export", tmp_path / "lora", tmp_path / "x"), "expected peft_type PEANUT or NEAT, got 'LORA'")
+    told(run("export", tmp_path / "adapter", tmp_path / "x", "--model", tmp_path / "none"), "cannot be loaded")
+    assert not (tmp_path / "x").exists()
+
+
+def test_merge(tmp_path, saved):
+    result = run("merge", tmp_path / "adapter", tmp_path / "merged", "--dtype", "float32")
+    assert result.exit_code == 0, result.output
+    _, batch = adapted("llama")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.dtype == torch.float32
+    agree(logits(merged, batch), logits(saved, batch))
+    half = run("merge", tmp_path / "adapter", tmp_path / "half", "--rounding", "stochastic", "--seed", 1)
+    assert half.exit_code == 0, half.output
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
+    told(run("merge", tmp_path / "adapter", tmp_path / "merged"), "is not empty")
+    told(run("merge", tmp_path / "adapter", tmp_path / "x", "--dtype", "int8"), "expected float32, bfloat16 or float16")
+    told(run("merge", tmp_path / "adapter", tmp_path / "x", "--rounding", "up"), "rounding must be one of")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_base_that_no_library_of_ours_has_is_not_imported(tmp_path, saved):
+    path = tmp_path / "adapter" / "adapter_config.json"
+    values = json.loads(path.read_text())
+    for mapping in (
+        {"base_model_class": "system", "parent_library": "os"},
+        {"base_model_class": "logging"},
+        "os",
+        None,
+    ):
+        path.write_text(json.dumps({**values, "auto_mapping": mapping, "task_type": None}))
+        told(run("export", tmp_path / "adapter", tmp_path / "x"), "expected a base model", "task_type None")
+
+
+def test_a_base_that_would_have_to_be_unpickled(tmp_path, saved):
+    state = load_file(tmp_path / "base" / "model.safetensors")
+    (tmp_path / "base" / "model.safetensors").unlink()
+    torch.save(state, tmp_path / "base" / "pytorch_model.bin")
+    told(run("export", tmp_path / "adapter", tmp_path / "x"), "cannot be loaded")
+
+
+@pytest.fixture(scope="module")
+def left(tmp_path_factory):
+    """What a run of every method leaves."""
+    folder = tmp_path_factory.mktemp("run")
+    save_model(folder / "model")
+    write_jsonl(folder / "data.jsonl", rows())
+    command = ["finetune", "--model", folder / "model", "--data", folder / "data.jsonl", "--output", folder / "out"]
+    command += ["--method", ",".join(METHODS), "--steps", 60, "--batch-size", 16, "--device", "cpu", "--depth", 1]
+    result = run(*command)
+    assert result.exit_code == 0, result.output
+    return folder, result.output, command
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_leaves_a_classifier(left, method):
+    folder, _, _ = left
+    classifier = load_classifier(folder / "out" / method)
+    texts, labels = zip(*rows(), strict=True)
+    right = sum(a == b for a, b in zip(classifier(texts), labels, strict=True)) / len(labels)
+    assert right > 0.9
+    probabilities = classifier.probabilities(texts[:5])
+    torch.testing.assert_close(probabilities.sum(-1), torch.ones(5))
+    assert classifier([]) == []
+
+
+def test_the_run_says_how_to_load_what_it_left(left):
+    folder, output, _ = left
+    out = folder / "out"
+    for line in (
+        f'neat_kernels.load_adapter(model, "{out}/neat/adapter"), or peft.PeftModel.from_pretrained(model,',
+        f'peft.PeftModel.from_pretrained(model, "{out}/neat/lora") as LoRA; the hidden states differ by at most',
+        f'neat_kernels.from_lora("{out}/lora/adapter", model)',
+        f'transformers.AutoModel.from_pretrained("{out}/full/model")',
+    ):
+        assert line in output
+    backbones = [AutoModel.from_pretrained(folder / "model", add_pooling_layer=False) for _ in range(3)]
+    ids = torch.tensor([[2, 5, 9, 3]])
+    ours = nk.load_adapter(backbones[0], out / "neat" / "adapter").eval()(ids).last_hidden_state
+    for model, name in zip(backbones[1:], ("adapter", "lora"), strict=True):
+        theirs = PeftModel.from_pretrained(model, out / "neat" / name).eval()(ids).last_hidden_state
+        agree(theirs, ours)
+
+
+def test_an_earlier_run_is_replaced_only_when_asked(left):
+    folder, _, command = left
+    os.rename(folder / "out" / "results.json", folder / "kept.json")
+    os.rename(folder / "out" / "curves.png", folder / "kept.png")
+    result = run(*command)
+    assert result.exit_code == 2
+    assert "holds probe of an earlier run" in result.output
+    assert run(*command, "--overwrite", "--seed", 1).exit_code == 0
+    assert load_classifier(folder / "out" / "neat")(["cat1 cat2 cat3"]) == ["animal"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("classifier.json", b"{}"),
+        ("classifier.json", b'{"format": 9}'),
+        ("head.safetensors", b"x"),
+        ("head.safetensors", None),
+    ],
+)
+def test_a_broken_classifier_is_refused(left, tmp_path, name, content):
+    import shutil
+
+    from neat_kernels.finetune.settings import UsageError
+
+    shutil.copytree(left[0] / "out" / "probe", tmp_path / "probe")
+    if content is None:
+        (tmp_path / "probe" / name).unlink()
+    else:
+        (tmp_path / "probe" / name).write_bytes(content)
+    with pytest.raises(UsageError, match="expected"):
+        load_classifier(tmp_path / "probe")
+    with pytest.raises(UsageError, match="expected a whole classifier"):
+        load_classifier(tmp_path)
