@@ -98,7 +98,8 @@ def test_finetune_compares_methods_and_writes_the_results(model, data, tmp_path)
     assert result.exit_code == 0, result.output
     for word in ("linear probe", "LoRA", "Neat", "full", "peak MiB", "validation", "84 train", "query, value; r=2"):
         assert word in result.output
-    assert sorted(path.name for path in output.iterdir()) == ["curves.png", "results.json"]
+    names = ["curves.png", "full", "lora", "neat", "probe", "results.json"]
+    assert sorted(path.name for path in output.iterdir()) == names
     content = json.loads((output / "results.json").read_text())
     assert [method["method"] for method in content["methods"]] == ["probe", "lora", "neat", "full"]
     assert all(len(method["losses"]) == 6 and 0 <= method["test_accuracy"] <= 1 for method in content["methods"])

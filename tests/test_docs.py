@@ -88,6 +88,7 @@ def default_value(function, parameter):
 CALLABLES = {
     "NeatConfig": nk.NeatConfig,
     "FusedNeatLinear": nk.FusedNeatLinear,
+    "FusedLoraLinear": nk.FusedLoraLinear,
     "from_linear": nk.FusedNeatLinear.from_linear,
     **{name: getattr(nk, name) for name in nk.__all__ if inspect.isfunction(getattr(nk, name))},
     **{name: getattr(nk.functional, name) for name in nk.functional.__all__},
@@ -95,7 +96,8 @@ CALLABLES = {
 
 
 @pytest.mark.parametrize("page", [README, API], ids=lambda page: page.name)
-def test_python_blocks_run(page):
+def test_python_blocks_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     text = read(page)
     namespace = {"__name__": page.stem}
     found = blocks(text, "python")
