@@ -3,18 +3,22 @@
 import json
 import math
 import os
+import shutil
 
 import pytest
 import torch
-from finetune_problem import rows, save_model, write_jsonl
+from finetune_problem import LABELS, rows, save_model, write_jsonl
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import neat_kernels as nk
 from neat_kernels.cli import app
-from neat_kernels.finetune import load_classifier
+from neat_kernels.finetune import artifacts, load_classifier
+from neat_kernels.finetune.model import TextClassifier
+from neat_kernels.finetune.settings import UsageError
 from tests.adapter_problem import adapted, agree, base, logits, shake
 
 METHODS = ("probe", "lora", "neat", "full")
@@ -173,6 +177,22 @@ def test_an_earlier_run_is_replaced_only_when_asked(left):
     assert load_classifier(folder / "out" / "neat")(["cat1 cat2 cat3"]) == ["animal"]
 
 
+def test_an_interrupted_replacement_is_no_classifier(left, monkeypatch, tmp_path):
+    """A new adapter under the old head would answer, and wrongly."""
+    shutil.copytree(left[0] / "out" / "probe", tmp_path / "probe")
+    load_classifier(tmp_path / "probe")
+
+    def full(*arguments):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(artifacts, "write_tensors", full)
+    model = TextClassifier(nn.Identity(), 32, 3, seed=0)
+    with pytest.raises(OSError, match="No space left"):
+        artifacts.save_trained(tmp_path / "probe", "probe", model, artifacts.Task(None, LABELS, 8), None, True)
+    with pytest.raises(UsageError, match="expected a whole classifier"):
+        load_classifier(tmp_path / "probe")
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -183,10 +203,6 @@ def test_an_earlier_run_is_replaced_only_when_asked(left):
     ],
 )
 def test_a_broken_classifier_is_refused(left, tmp_path, name, content):
-    import shutil
-
-    from neat_kernels.finetune.settings import UsageError
-
     shutil.copytree(left[0] / "out" / "probe", tmp_path / "probe")
     if content is None:
         (tmp_path / "probe" / name).unlink()

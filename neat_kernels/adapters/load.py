@@ -122,6 +122,5 @@ def _copy(
         assert isinstance(layer, FusedNeatLinear)
         for suffix, parameter in layer_parameters(layer):
             parameter.copy_(values[f"{name}.{prefix}{suffix}"])
-        layer.invalidate()
     for name, tensor in others.items():
         tensor.copy_(values[name])
