@@ -21,7 +21,8 @@ app = typer.Typer(
     add_completion=False,
 )
 
-USAGE, FAILURE = 2, 1
+# A shell gives 128 + SIGINT to what Ctrl-C has ended.
+USAGE, FAILURE, INTERRUPTED = 2, 1, 130
 
 
 def main() -> None:
@@ -49,12 +50,16 @@ def options(
 def told_plainly() -> Iterator[None]:
     """Turn the errors a user can act on into one message and an exit status."""
     from neat_kernels.adapters.errors import AdapterError
+    from neat_kernels.finetune.interrupt import Interrupted
     from neat_kernels.finetune.settings import UsageError
     from neat_kernels.finetune.train import TrainingError
     from neat_kernels.tuning import TuningError
 
     try:
         yield
+    except Interrupted as error:
+        Console(stderr=True).print(escape(str(error)), highlight=False, soft_wrap=True)
+        raise typer.Exit(INTERRUPTED) from error
     except (UsageError, TrainingError, TuningError, AdapterError, OSError) as error:
         Console(stderr=True).print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(USAGE if isinstance(error, UsageError) else FAILURE) from error
@@ -104,7 +109,10 @@ def finetune(
     target_modules: Annotated[
         Texts, option(f"Layers to adapt ({SEVERAL}), or all-linear.", "PEFT's choice, such as query,value", METHODS)
     ] = None,
-    lr: Annotated[Real, option("Learning rate, the same for every method.", "each method's own", TRAINING)] = None,
+    lr: Annotated[
+        Texts,
+        option(f"Learning rate; of {SEVERAL}, each method gets its best in validation.", "each method's own", TRAINING),
+    ] = None,
     steps: Annotated[Whole, option("Optimizer steps.", "200", TRAINING)] = None,
     batch_size: Annotated[Whole, option("Texts in a step.", "32", TRAINING)] = None,
     max_length: Annotated[Whole, option("Tokens read of each text.", "32 of a docstring, else 128", TRAINING)] = None,
@@ -112,13 +120,19 @@ def finetune(
         Text, option("float32; or bfloat16, float16: what trains stays float32.", "float32", TRAINING)
     ] = None,
     device: Annotated[Text, option("Such as cpu, cuda or cuda:1.", "an accelerator, else cpu", TRAINING)] = None,
-    seed: Annotated[Whole, option("Seed of head, adapters and batches.", "0", TRAINING)] = None,
+    seed: Annotated[
+        Texts, option(f"Seed of head, adapters and batches; {SEVERAL}, are averaged.", "0", TRAINING)
+    ] = None,
     output: Annotated[Place, option("Folder for the results.", "neat-finetune", TRAINING)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results of an earlier run.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a run that was stopped, as if it had not.")
+    ] = False,
 ) -> None:
     """Fine-tune a pretrained text model as a classifier by several methods, and compare them.
 
     Without options, MiniLM learns to tell from a docstring which library it was written for; nothing is downloaded.
+    Ctrl-C writes what there is: the same command with --resume goes on from there.
     """
     given = dict(locals())
     with told_plainly():

@@ -67,9 +67,7 @@ class Classifier:
         return [self.task.labels[index] for index in self.probabilities(texts).argmax(-1).tolist()]
 
 
-def save_trained(
-    folder: Path, method: str, model: TextClassifier, task: Task, batch: Batch, overwrite: bool
-) -> list[str]:
+def save_trained(folder: Path, method: str, model: TextClassifier, task: Task, batch: Batch, overwrite: bool) -> None:
     """Write what `method` has trained: its adapter or model, the head and the labels.
 
     Args:
@@ -80,9 +78,6 @@ def save_trained(
         batch: texts by which the export as LoRA is checked.
         overwrite: replace what an earlier run has left there.
 
-    Returns:
-        What was written and how it is loaded, a line each.
-
     Raises:
         AdapterError: the folder holds other files, or what was trained is not finite.
         OSError: the disk is full or cannot be written.
@@ -92,9 +87,20 @@ def save_trained(
     lines = _SAVE[method](folder, model.backbone, batch, overwrite)
     head = {name: value.detach().cpu().contiguous() for name, value in model.head.state_dict().items()}
     _replace(folder / HEAD, lambda path: write_tensors(path, head, {}))
-    facts = {"format": FORMAT, "method": method, "model": task.model, "labels": task.labels}
-    _replace(folder / CLASSIFIER, lambda path: write_json(path, {**facts, "max_length": task.max_length}))
-    return [f'neat_kernels.finetune.load_classifier("{folder}") labels texts', *lines]
+    facts = {
+        "format": FORMAT,
+        "method": method,
+        "model": task.model,
+        "labels": task.labels,
+        "max_length": task.max_length,
+        "load": [f'neat_kernels.finetune.load_classifier("{folder}") labels texts', *lines],
+    }
+    _replace(folder / CLASSIFIER, lambda path: write_json(path, facts))
+
+
+def how_to_load(folder: Path) -> list[str]:
+    """How what `save_trained` has written is loaded, a line each."""
+    return list(json.loads((folder / CLASSIFIER).read_text(encoding="utf-8"))["load"])
 
 
 def load_classifier(folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> Classifier:

@@ -41,7 +41,7 @@ def results_table(results: Sequence[MethodResult]) -> Table:
         box=SIMPLE,
         padding=(0, 1, 0, 0),
         title=f"Accuracy on {len(results[0].test_right):,} test texts",
-        caption="± is the 95 % interval of one accuracy.\n"
+        caption="± is the 95 % interval of one accuracy, as far as it is the texts' doing.\n"
         f"trainable: parameters, of which {results[0].head:,} are the head's.\n"
         f"lr: of what trains in the model; the head beside it has {HEAD_LEARNING_RATE:g}.\n"
         "peak MiB: the most memory that weights, optimizer state, activations and\n"
@@ -49,12 +49,14 @@ def results_table(results: Sequence[MethodResult]) -> Table:
         caption_justify="left",
     )
     table.add_column("method", no_wrap=True)
-    for column in ("accuracy", "trainable", "lr", "ms/step", "tokens/s", "peak MiB"):
+    several = any(len(result.seeds) > 1 for result in results)
+    for column in ("accuracy", *(("seeds",) if several else ()), "trainable", "lr", "ms/step", "tokens/s", "peak MiB"):
         table.add_column(column, justify="right", no_wrap=True)
     for result in results:
         table.add_row(
             LABELS[result.method],
             f"{100 * result.test_accuracy:.1f} ± {100 * half_width(result.test_right):.1f} %",
+            *((over_seeds(result),) if several else ()),
             f"{result.trainable:,}",
             f"{result.lr:g}",
             dash_if_unknown(result.step_ms, ".0f"),
@@ -62,6 +64,26 @@ def results_table(results: Sequence[MethodResult]) -> Table:
             "–" if result.peak_bytes is None else f"{result.peak_bytes / 2**20:,.0f}",
         )
     return table
+
+
+def over_seeds(result: MethodResult) -> str:
+    """How many seeds there were, and the standard deviation of their accuracies in points."""
+    if len(result.seeds) < 2:
+        return "1"
+    return f"{len(result.seeds)}, σ {100 * statistics.stdev(result.accuracies):.1f}"
+
+
+def rates_tried(results: Sequence[MethodResult]) -> list[str]:
+    """For each method the validation accuracy that each learning rate of the grid has reached."""
+    lines = []
+    for result in results:
+        if result.grid:
+            tried = ", ".join(
+                f"{rate:g}: " + ("not finite" if accuracy is None else f"{accuracy:.1%}")
+                for rate, accuracy in result.grid
+            )
+            lines.append(f"{LABELS[result.method]} in validation at lr {tried}; chosen {result.lr:g}")
+    return lines
 
 
 def comparisons(results: Sequence[MethodResult]) -> list[str]:
@@ -85,9 +107,9 @@ def comparisons(results: Sequence[MethodResult]) -> list[str]:
     return lines
 
 
-def differences(one: MethodResult, other: MethodResult) -> list[int]:
-    """For each test text 1 if only `one` gets it right, -1 if only `other` does, else 0."""
-    return [int(a) - int(b) for a, b in zip(one.test_right, other.test_right, strict=True)]
+def differences(one: MethodResult, other: MethodResult) -> list[float]:
+    """For each test text 1 if only `one` gets it right, -1 if only `other` does, else 0; means over the seeds."""
+    return [a - b for a, b in zip(one.test_right, other.test_right, strict=True)]
 
 
 def dash_if_unknown(value: float, form: str) -> str:
@@ -95,7 +117,7 @@ def dash_if_unknown(value: float, form: str) -> str:
     return "–" if math.isnan(value) else format(value, form)
 
 
-def half_width(values: Sequence[int]) -> float:
+def half_width(values: Sequence[float]) -> float:
     """Half of the 95 % interval of the mean of values measured on as many texts."""
     return 1.96 * statistics.pstdev(values) / math.sqrt(len(values))
 

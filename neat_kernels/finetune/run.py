@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -14,16 +16,26 @@ from rich.console import Console
 from rich.table import Table
 
 from neat_kernels.environment import device_name, versions
-from neat_kernels.finetune.artifacts import Task, save_trained
+from neat_kernels.finetune.artifacts import Task, how_to_load, save_trained
 from neat_kernels.finetune.batches import TaskTokens, plan_steps, tokenize
 from neat_kernels.finetune.corpus import load_docstrings
 from neat_kernels.finetune.data import TextData, load_file
+from neat_kernels.finetune.interrupt import Interrupted, first_interrupt_waits
 from neat_kernels.finetune.methods import ALL_LINEAR
 from neat_kernels.finetune.model import Pretrained, TextClassifier, require_targets
 from neat_kernels.finetune.progress import TerminalProgress
-from neat_kernels.finetune.report import CURVES, RESULTS, comparisons, draw_curves, results_json, results_table
+from neat_kernels.finetune.report import (
+    CURVES,
+    RESULTS,
+    comparisons,
+    draw_curves,
+    rates_tried,
+    results_json,
+    results_table,
+)
 from neat_kernels.finetune.settings import METHODS, Settings, UsageError
-from neat_kernels.finetune.train import MethodResult, train_method
+from neat_kernels.finetune.train import MethodResult, TrainingError, train_method
+from neat_kernels.finetune.trials import TRIALS, TrialFiles, run_trials
 
 ADAPTER_METHODS = frozenset({"lora", "neat"})
 DOCSTRING_TOKENS, FILE_TOKENS = 32, 128
@@ -55,25 +67,13 @@ def run(settings: Settings, console: Console) -> Path:
         TrainingError: if a method's loss is no longer finite; what earlier methods have trained is there then.
     """
     prepared = prepare_run(settings, console)
+    files = TrialFiles(settings.output, run_facts(settings, prepared))
+    begin_or_go_on(settings, files)
     print_plan(settings, prepared, console)
-    left: list[str] = []
-    with TerminalProgress(console) as progress:
-        results = [
-            train_method(
-                method,
-                settings,
-                prepared.pretrained,
-                prepared.targets,
-                prepared.tokens,
-                len(prepared.data.label_names),
-                prepared.device,
-                progress,
-                partial(leave, left, method, settings, prepared),
-            )
-            for method in settings.methods
-        ]
+    results = train_all(settings, prepared, files, console)
+    left = [line for method in settings.methods for line in how_to_load(settings.output / method)]
     console.print(results_table(results))
-    for line in comparisons(results):
+    for line in (*rates_tried(results), *comparisons(results)):
         console.print(line, highlight=False)
     write_results(settings, prepared, results)
     console.print("What was trained, and how to load it:", *left, sep="\n  ", soft_wrap=True, markup=False)
@@ -81,21 +81,73 @@ def run(settings: Settings, console: Console) -> Path:
     return settings.output
 
 
-def leave(left: list[str], method: str, settings: Settings, prepared: Prepared, model: TextClassifier) -> None:
-    """Write what a method has trained, and add how to load it to `left`."""
+def train_all(settings: Settings, prepared: Prepared, files: TrialFiles, console: Console) -> list[MethodResult]:
+    """Every method's result."""
+    results: list[MethodResult] = []
+    with TerminalProgress(console) as progress, first_interrupt_waits() as stopped:
+
+        def train(method: str, trial: Settings, state: Path, worth: Any) -> MethodResult:
+            files.begin()
+            return train_method(
+                method,
+                trial,
+                prepared.pretrained,
+                prepared.targets,
+                prepared.tokens,
+                len(prepared.data.label_names),
+                prepared.device,
+                progress,
+                worth,
+                state,
+                stopped,
+            )
+
+        try:
+            for method in settings.methods:
+                results.append(run_trials(method, settings, files, train, partial(leave, method, settings, prepared)))
+        except Interrupted as error:
+            done = ", ".join(result.method for result in results) or "no method yet"
+            raise Interrupted(f"{error}; done: {done}. The same command with --resume goes on from there.") from error
+        except TrainingError:
+            files.forget_if_empty()
+            raise
+    return results
+
+
+def run_facts(settings: Settings, prepared: Prepared) -> dict[str, Any]:
+    """What must be the same for a run to be gone on with."""
+    silent = ("output", "overwrite", "resume", "device")
+    asked = {name: value for name, value in settings.as_dict().items() if name not in silent}
+    texts = hashlib.sha256()
+    for split in (prepared.data.train, prepared.data.validation, prepared.data.test):
+        texts.update(json.dumps([split.texts, split.labels]).encode())
+    return {**asked, "device": prepared.device.type, "texts": texts.hexdigest()}
+
+
+def begin_or_go_on(settings: Settings, files: TrialFiles) -> None:
+    """Check that there is a run to go on with, or clear away the trials of one that is replaced."""
+    if settings.resume:
+        files.check_resumable()
+    elif settings.overwrite:
+        files.clear()
+
+
+def leave(method: str, settings: Settings, prepared: Prepared, model: TextClassifier) -> None:
+    """Write what a method has trained."""
     # A folder by its whole path, since the classifier may be loaded from another one.
     local = settings.model is not None and prepared.pretrained.local
     name = os.path.abspath(prepared.pretrained.location) if local else settings.model
     task = Task(name, prepared.data.label_names, prepared.tokens.max_length)
     rows = range(min(len(prepared.tokens.validation), settings.batch_size))
     batch = prepared.tokens.validation.batch(rows, prepared.device)
-    left += save_trained(settings.output / method, method, model, task, batch, settings.overwrite)
+    # The folder was free when the run began, or may be replaced; now it may hold a learning rate that was less good.
+    save_trained(settings.output / method, method, model, task, batch, overwrite=True)
 
 
 def prepare_run(settings: Settings, console: Console) -> Prepared:
     """Look up and check device, output folder, model, targets and data, cheapest first."""
     device = choose_device(settings.device)
-    check_output(settings.output, settings.overwrite)
+    check_output(settings.output, settings.overwrite or settings.resume)
     pretrained = Pretrained.find(settings.model)
     max_length = choose_max_length(settings, pretrained)
     targets = choose_targets(settings, pretrained)
@@ -129,7 +181,7 @@ def check_output(output: Path, overwrite: bool) -> None:
     """Raise UsageError unless results can be written to `output` without replacing others unasked."""
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output must be a folder; {output} is a file")
-    there = [name for name in (CURVES, RESULTS, *METHODS) if (output / name).exists()]
+    there = [name for name in (CURVES, RESULTS, *METHODS, TRIALS) if (output / name).exists()]
     if there and not overwrite:
         raise UsageError(f"--output {output} holds {there[0]} of an earlier run: choose another, or add --overwrite")
     parent = output.absolute()

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from neat_kernels.finetune.defaults import HEAD_LEARNING_RATE, LEARNING_RATES
 
@@ -32,6 +32,10 @@ class Settings:
         data: csv, jsonl or parquet file; None is the docstring corpus.
         target_modules: names of the linear layers to adapt; None is PEFT's choice for the architecture.
         lr: learning rate of what a method trains in the model, or of the probe's head; None is each method's default.
+        lrs: learning rates of which each method gets the best by validation accuracy; () is the one in `lr`.
+        seed: of one training.
+        seeds: of all trainings; a rate is chosen with the first.
+        resume: go on with a run that was stopped.
         steps: optimizer steps of each method.
         max_length: tokens that are read of each text; None is 32 of a docstring and 128 of a file's texts.
     """
@@ -48,14 +52,17 @@ class Settings:
     scaling: float = 1.0
     target_modules: tuple[str, ...] | None = None
     lr: float | None = None
+    lrs: tuple[float, ...] = ()
     steps: int = 200
     batch_size: int = 32
     max_length: int | None = None
     dtype: str = "float32"
     device: str = "auto"
     seed: int = 0
+    seeds: tuple[int, ...] = (0,)
     output: Path = Path("neat-finetune")
     overwrite: bool = False
+    resume: bool = False
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Settings:
@@ -74,6 +81,12 @@ class Settings:
         for name in ("methods", "target_modules"):
             if name in given:
                 given[name] = split_names(given[name])
+        if "lr" in given:
+            rates = split_numbers("--lr", given.pop("lr"), float)
+            given.update({"lrs": rates} if len(rates) > 1 else {"lr": rates[0]})
+        if "seed" in given:
+            seeds = split_numbers("--seed", given["seed"], int)
+            given.update(seed=seeds[0], seeds=seeds)
         settings = cls(**given)
         settings.check()
         refuse_unread_options(settings, given.keys())
@@ -82,13 +95,17 @@ class Settings:
     def check(self) -> None:
         """Raise UsageError for the first value that cannot be used."""
         check_methods(self.methods)
-        for name, low in (("r", 1), ("depth", 0), ("steps", 1), ("batch_size", 1), ("max_length", 4), ("seed", 0)):
-            value = getattr(self, name)
+        lows = [("r", 1), ("depth", 0), ("steps", 1), ("batch_size", 1), ("max_length", 4)]
+        values = [(name, getattr(self, name), low) for name, low in lows]
+        for name, value, low in [*values, *(("seed", seed, 0) for seed in self.seeds)]:
             if value is not None and value < low:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least {low}, got {value}")
         check_choice("--dtype", self.dtype, DTYPES)
-        if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
-            raise UsageError(f"--lr must be a positive number, got {self.lr}")
+        for rate in (*self.lrs, *(() if self.lr is None else (self.lr,))):
+            if not (math.isfinite(rate) and rate > 0):
+                raise UsageError(f"--lr must be a positive number, got {rate}")
+        if self.resume and self.overwrite:
+            raise UsageError("--resume goes on with a run, --overwrite replaces it: give one of the two")
         if not math.isfinite(self.scaling) or self.scaling == 0:
             raise UsageError(f"--scaling must be finite and not 0, got {self.scaling}")
         if self.target_modules is not None and not self.target_modules:
@@ -121,6 +138,21 @@ class Settings:
 def split_names(values: Iterable[str]) -> tuple[str, ...]:
     """Names given one by one, or several in one comma list, in the order given."""
     return tuple(name.strip() for value in values for name in value.split(",") if name.strip())
+
+
+Number = TypeVar("Number", int, float)
+
+
+def split_numbers(option: str, values: Iterable[str], kind: type[Number]) -> tuple[Number, ...]:
+    """Numbers given one by one, or several in one comma list; UsageError for another word, none, or one twice."""
+    names = split_names(values)
+    try:
+        numbers = tuple(kind(name) for name in names)
+    except ValueError:
+        raise UsageError(f"{option} must be a number, or several in a comma list; got {', '.join(names)!r}") from None
+    if not numbers or len(set(numbers)) < len(numbers):
+        raise UsageError(f"{option} must name each number once; got {', '.join(names) or 'none'}")
+    return numbers
 
 
 def check_choice(option: str, value: str, choices: Iterable[str]) -> None:

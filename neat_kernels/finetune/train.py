@@ -8,14 +8,17 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from neat_kernels.finetune.batches import Batch, TaskTokens, Tokens, plan_steps
+from neat_kernels.finetune.checkpoint import read_state, restore_state, training_state, write_state
+from neat_kernels.finetune.interrupt import Interrupted
 from neat_kernels.finetune.memory import peak_of_step
 from neat_kernels.finetune.methods import count, prepare, trainable_parameters
 from neat_kernels.finetune.model import Pretrained, TextClassifier
@@ -58,10 +61,15 @@ class MethodResult:
         head: parameters of the head alone.
         losses: training loss of every step.
         validation: (step, accuracy) pairs.
-        test_right: for each test text whether the final model gets it right, in the same order in every method.
+        test_right: for each test text whether the final model gets it right, in the same order in every method; the
+            share of the seeds where there are several.
         step_ms: median time of a training step.
         tokens_per_second: tokens that are not padding, over all timed steps.
         peak_bytes: peak of the bytes held in tensors in the step with the most tokens; None where it is not known.
+        seeds: the seeds that it was trained with.
+        accuracies: accuracy on the test split of each seed.
+        grid: (learning rate, validation accuracy) of each rate that was tried; None for a loss that was not finite.
+        diverged: whether the loss was no longer finite.
     """
 
     method: str
@@ -71,15 +79,24 @@ class MethodResult:
     head: int
     losses: list[float] = field(default_factory=list)
     validation: list[tuple[int, float]] = field(default_factory=list)
-    test_right: list[bool] = field(default_factory=list)
+    test_right: list[float] = field(default_factory=list)
     step_ms: float = math.nan
     tokens_per_second: float = math.nan
     peak_bytes: int | None = None
+    seeds: list[int] = field(default_factory=list)
+    accuracies: list[float] = field(default_factory=list)
+    grid: list[tuple[float, float | None]] = field(default_factory=list)
+    diverged: bool = False
 
     @property
     def test_accuracy(self) -> float:
         """Share of the test split that the final model gets right."""
         return statistics.fmean(self.test_right)
+
+    @property
+    def final_validation(self) -> float:
+        """Accuracy on the validation split at the end; -1 if the training did not get there."""
+        return -1.0 if self.diverged else self.validation[-1][1]
 
 
 class Trainer:
@@ -122,6 +139,25 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.last_loss = loss.item()
 
+    def save(self, path: Path, facts: dict[str, Any]) -> None:
+        """Write the state of the training, with facts about how far it is."""
+        schedule = {"last_epoch": self.schedule.last_epoch, "last_lr": self.schedule.get_last_lr()}
+        own = {"schedule": schedule, "scaler": self.scaler.state_dict(), "last_loss": self.last_loss}
+        write_state(path, training_state(self.model, self.optimizer, self.device), {**facts, "trainer": own})
+
+    def restore(self, path: Path) -> dict[str, Any]:
+        """Put the state back, and return the facts."""
+        tensors, facts = read_state(path)
+        restore_state(tensors, self.model, self.optimizer, self.device)
+        own = facts["trainer"]
+        self.schedule.last_epoch = own["schedule"]["last_epoch"]
+        self.schedule._last_lr = own["schedule"]["last_lr"]
+        for group, rate in zip(self.optimizer.param_groups, own["schedule"]["last_lr"], strict=True):
+            group["lr"] = rate
+        self.scaler.load_state_dict(own["scaler"])
+        self.last_loss = own["last_loss"]
+        return facts
+
     @torch.no_grad()
     def right(self, tokens: Tokens) -> list[bool]:
         """For each text, shortest first, whether its label has the largest logit."""
@@ -142,7 +178,9 @@ def train_method(
     num_labels: int,
     device: torch.device,
     progress: Progress,
-    keep: Callable[[TextClassifier], None] = lambda model: None,
+    worth: Callable[[MethodResult, TextClassifier], bool] = lambda result, model: True,
+    state: Path | None = None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> MethodResult:
     """Load the model, train it by one method and measure it; every method sees the same head, batches and order.
 
@@ -155,13 +193,16 @@ def train_method(
         num_labels: number of classes.
         device: where to train.
         progress: told about each step and evaluation.
-        keep: given the trained model before it is dropped.
+        worth: given what was reached and the trained model before it is dropped; whether to read the test texts.
+        state: file for the state, written at every evaluation and read if it is there.
+        stopped: whether to write the state and stop.
 
     Returns:
         The measured result.
 
     Raises:
         TrainingError: if the loss is no longer finite.
+        Interrupted: it was stopped.
     """
     torch.manual_seed(settings.seed)
     backbone = prepare(method, pretrained.load(getattr(torch, settings.dtype)), settings, targets)
@@ -174,18 +215,25 @@ def train_method(
         head_lr=settings.head_learning_rate(method),
         trainable=count(trainable_parameters(model)),
         head=count(list(model.head.parameters())),
+        seeds=[settings.seed],
     )
     progress.start(method, settings.steps)
-    run_steps(trainer, settings, tokens, result, progress)
-    result.test_right = trainer.right(tokens.test)
-    keep(model)
+    run_steps(trainer, settings, tokens, result, progress, state, stopped)
+    if worth(result, model):
+        result.test_right = [float(right) for right in trainer.right(tokens.test)]
     del trainer, model, backbone
     release_memory(device)
     return result
 
 
 def run_steps(
-    trainer: Trainer, settings: Settings, tokens: TaskTokens, result: MethodResult, progress: Progress
+    trainer: Trainer,
+    settings: Settings,
+    tokens: TaskTokens,
+    result: MethodResult,
+    progress: Progress,
+    state: Path | None = None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> None:
     """The training loop: every step timed, the one with the most tokens traced for memory instead."""
     plan = plan_steps(len(tokens.train), settings.batch_size, settings.steps, settings.seed)
@@ -193,8 +241,9 @@ def run_steps(
     every = max(1, math.ceil(settings.steps / EVALUATIONS))
     seconds: list[float] = []
     token_counts: list[int] = []
+    first = _go_on(trainer, state, result, seconds, token_counts)
     trainer.train_mode()
-    for index, rows in enumerate(plan):
+    for index, rows in enumerate(plan[first:], start=first):
         batch = tokens.train.batch(rows, trainer.device)
         if index == traced:
             result.peak_bytes = peak_of_step(partial(trainer.step, batch), trainer.model, trainer.optimizer)
@@ -204,15 +253,37 @@ def run_steps(
         require_finite(result, index + 1, trainer.last_loss)
         result.losses.append(trainer.last_loss)
         progress.step(index + 1, trainer.last_loss, sum(token_counts) / max(sum(seconds), 1e-9))
+        due = False
         if (index + 1) % every == 0 or index + 1 == settings.steps:
             accuracy = statistics.fmean(trainer.right(tokens.validation))
             result.validation.append((index + 1, accuracy))
             progress.evaluated(index + 1, statistics.fmean(result.losses[-every:]), accuracy)
             trainer.train_mode()
+            due = True
+        if state is not None and (due or stopped()):
+            facts = {"step": index + 1, "result": asdict(result), "seconds": seconds, "tokens": token_counts}
+            trainer.save(state, facts)
+        if stopped():
+            raise Interrupted(f"{result.method}: stopped after step {index + 1} of {settings.steps}")
     if seconds:
         skip = min(UNTIMED_STEPS, len(seconds) - 1)
         result.step_ms = 1e3 * statistics.median(seconds[skip:])
         result.tokens_per_second = sum(token_counts[skip:]) / sum(seconds[skip:])
+
+
+def _go_on(
+    trainer: Trainer, state: Path | None, result: MethodResult, seconds: list[float], token_counts: list[int]
+) -> int:
+    """Put back the state of a training that was stopped, and return the steps that it has done."""
+    if state is None or not state.is_file():
+        return 0
+    facts = trainer.restore(state)
+    before = facts["result"]
+    result.losses[:] = before["losses"]
+    result.validation[:] = [tuple(pair) for pair in before["validation"]]
+    result.peak_bytes = before["peak_bytes"]
+    seconds[:], token_counts[:] = facts["seconds"], facts["tokens"]
+    return int(facts["step"])
 
 
 def parameter_groups(model: TextClassifier, method: str, settings: Settings) -> list[dict[str, Any]]:
