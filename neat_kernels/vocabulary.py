@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -43,8 +44,12 @@ def check_scaling(value: float) -> None:
     """Raise unless `value` is a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"scaling must be a float, got {type(value).__name__}")
-    if value != value or value in (float("inf"), float("-inf")):
-        raise ValueError(f"scaling must be finite, got {value}")
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:
+        finite = False
+    if not finite:
+        raise ValueError(f"scaling must be finite, got {str(value)[:40]}")
 
 
 def check_compute_dtype(value: torch.dtype | None) -> None:

@@ -70,6 +70,29 @@ def test_inspect_reads_every_value(tmp_path, saved):
     told(run("inspect", tmp_path / "adapter"), "expected finite values")
 
 
+def test_inspect_leaves_the_terminal_alone(tmp_path, saved):
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, "base_model.model.[/red]\x1b[2J": torch.ones(1)}, path)
+    edited = {**json.loads((tmp_path / "adapter" / "adapter_config.json").read_text()), "task_type": "[bold]\x07"}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(edited))
+    result = run("inspect", tmp_path / "adapter")
+    assert result.exit_code == 0, result.output
+    assert "[/red]?[2J" in result.output
+    assert "[bold]?" in result.output
+    assert "\x1b" not in result.output
+
+
+def test_merge_in_another_dtype_rounds_once(tmp_path, saved):
+    result = run("merge", tmp_path / "adapter", tmp_path / "merged", "--dtype", "float32")
+    assert result.exit_code == 0, result.output
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    layer = saved.model.layers[0].self_attn.q_proj
+    torch.testing.assert_close(
+        merged.model.layers[0].self_attn.q_proj.weight, layer.weight + layer.delta_weight(), rtol=1e-6, atol=1e-7
+    )
+
+
 def test_export(tmp_path, saved):
     result = run("export", tmp_path / "adapter", tmp_path / "lora", "--pad-to", "vllm")
     assert result.exit_code == 0, result.output
@@ -82,6 +105,8 @@ def test_export(tmp_path, saved):
     told(run("export", tmp_path / "adapter", tmp_path / "lora"), "is not empty")
     assert run("export", tmp_path / "adapter", tmp_path / "lora", "--overwrite", "--pad-to", 7).exit_code == 0
     told(run("export", tmp_path / "adapter", tmp_path / "x", "--pad-to", 3), "expected at least the rank")
+    for rank in ("0", "-1", "²", "eight"):
+        told(run("export", tmp_path / "adapter", tmp_path / "x", "--pad-to", rank), "expected a rank, 'vllm' or None")
     told(run("export", tmp_path / "lora", tmp_path / "x"), "expected peft_type PEANUT or NEAT, got 'LORA'")
     told(run("export", tmp_path / "adapter", tmp_path / "x", "--model", tmp_path / "none"), "cannot be loaded")
     assert not (tmp_path / "x").exists()
@@ -98,7 +123,7 @@ def test_merge(tmp_path, saved):
     assert half.exit_code == 0, half.output
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
     told(run("merge", tmp_path / "adapter", tmp_path / "merged"), "is not empty")
-    told(run("merge", tmp_path / "adapter", tmp_path / "x", "--dtype", "int8"), "expected float32, bfloat16 or float16")
+    told(run("merge", tmp_path / "adapter", tmp_path / "x", "--dtype", "int8"), "expected float32, bfloat16, float16")
     told(run("merge", tmp_path / "adapter", tmp_path / "x", "--rounding", "up"), "rounding must be one of")
     assert not (tmp_path / "x").exists()
 
@@ -177,10 +202,9 @@ def test_an_earlier_run_is_replaced_only_when_asked(left):
     assert load_classifier(folder / "out" / "neat")(["cat1 cat2 cat3"]) == ["animal"]
 
 
-def test_an_interrupted_replacement_is_no_classifier(left, monkeypatch, tmp_path):
-    """A new adapter under the old head would answer, and wrongly."""
+def test_an_interrupted_replacement_changes_nothing(left, monkeypatch, tmp_path):
     shutil.copytree(left[0] / "out" / "probe", tmp_path / "probe")
-    load_classifier(tmp_path / "probe")
+    before = load_classifier(tmp_path / "probe").probabilities(["cat1 dog2"])
 
     def full(*arguments):
         raise OSError("No space left on device")
@@ -189,8 +213,23 @@ def test_an_interrupted_replacement_is_no_classifier(left, monkeypatch, tmp_path
     model = TextClassifier(nn.Identity(), 32, 3, seed=0)
     with pytest.raises(OSError, match="No space left"):
         artifacts.save_trained(tmp_path / "probe", "probe", model, artifacts.Task(None, LABELS, 8), None, True)
-    with pytest.raises(UsageError, match="expected a whole classifier"):
-        load_classifier(tmp_path / "probe")
+    nn.init.constant_(model.head.weight, float("nan"))
+    monkeypatch.undo()
+    with pytest.raises(nk.AdapterError, match=r"head\.weight: expected finite values"):
+        artifacts.save_trained(tmp_path / "probe", "probe", model, artifacts.Task(None, LABELS, 8), None, True)
+    assert torch.equal(load_classifier(tmp_path / "probe").probabilities(["cat1 dog2"]), before)
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "model/notes/thesis.txt", "model/pytorch_model.bin"])
+def test_files_that_are_not_of_a_run_are_not_replaced(left, tmp_path, name):
+    shutil.copytree(left[0] / "out" / "full", tmp_path / "full")
+    path = tmp_path / "full" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("mine")
+    model = TextClassifier(nn.Identity(), 32, 3, seed=0)
+    with pytest.raises(nk.AdapterError, match="expected nothing but what an earlier run has left"):
+        artifacts.save_trained(tmp_path / "full", "full", model, artifacts.Task(None, LABELS, 8), None, True)
+    assert path.read_text() == "mine"
 
 
 @pytest.mark.parametrize(

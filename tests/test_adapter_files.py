@@ -258,7 +258,7 @@ def test_the_model_card_says_how_to_load(tmp_path):
     nk.save_adapter(model, tmp_path / "adapter")
     card = (tmp_path / "adapter" / "README.md").read_text()
     assert "base_model: some/model" in card
-    assert 'nk.load_adapter(AutoModelForCausalLM.from_pretrained("some/model"), "this folder")' in card
+    assert 'nk.load_adapter(LlamaForCausalLM.from_pretrained("some/model"), "this folder")' in card
     assert "PEFT cannot express this adapter: orientation 'in'" in card
     assert "PeftModel" not in card
 

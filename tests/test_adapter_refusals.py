@@ -135,7 +135,7 @@ def test_configurations_that_are_none(saved, content, match):
 
 def test_a_configuration_that_is_huge(saved):
     (saved / CONFIG).write_bytes(b" " * (1 << 25))
-    refused(saved, "expected at most 16,777,216 bytes, got 33,554,432")
+    refused(saved, "expected at most 4,194,304 bytes, got 33,554,432")
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,12 @@ def test_a_configuration_that_is_huge(saved):
         ({"depth": 0}, r"peanut_decoders.0.weight, which the adapter does not have"),
         ({"target_modules": ["q_proj", "v_proj", "down_proj", "k_proj"]}, "names 'model.layers.0.self_attn.k_proj'"),
         ({"modules_to_save": ["lm_head"]}, "no lm_head.weight"),
-        ({"modules_to_save": ["q_proj"]}, "no model.layers.0.self_attn.q_proj.weight"),
+        ({"modules_to_save": ["q_proj"]}, "does not name 'model.layers.0.self_attn.q_proj'"),
+        ({"target_modules": ["q_proj", "v_proj"]}, "does not name 'model.layers.0.mlp.down_proj'"),
+        ({"layers_to_transform": [1]}, "does not name 'model.layers.0."),
+        ({"exclude_modules": ["layers.0.mlp.down_proj"]}, "does not name 'model.layers.0.mlp.down_proj'"),
+        ({"depth": 10**9}, "expected the tensors of depth 1000000000"),
+        ({"scaling": 10**400}, "scaling must be finite"),
     ],
 )
 def test_configurations_that_do_not_fit(saved, changes, match):
@@ -177,6 +182,7 @@ def test_configurations_that_do_not_fit(saved, changes, match):
         ({"rank_pattern": {"q_proj": 0}}, "r must be at least 1"),
         ({"layer_options": {"model.layers.0.self_attn.q_proj": {"depht": 1}}}, "must hold options of a layer"),
         ({"layer_options": {"model.layers.0.self_attn.q_proj": {"depth": -1}}}, "depth must be at least 0"),
+        ({"layer_options": {"model.layers.0.self_attn.q_proj": {"backend": "torch"}}}, "must hold options of a layer"),
         ({"layer_options": {"elsewhere": {"depth": 1}}}, "layer_options names 'elsewhere'"),
         ({"trained_parameters": "x"}, "trained_parameters must be a list"),
         ({"trained_parameters": ["model.norm.bias"]}, "expected parameters of the model that may train"),
@@ -212,10 +218,15 @@ def put(name, value):
         (put(FIRST, torch.full((4, 32), float("nan"))), "expected finite values of torch.float32 in model.layers.0"),
         (put(FIRST, torch.full((4, 32), float("inf"))), "expected finite values"),
         (put(FIRST, torch.zeros(4, 32, dtype=torch.int32)), "to be convertible to torch.float32, got torch.int32"),
+        (
+            put(FIRST, torch.zeros(4, 32, dtype=torch.complex64)),
+            "to be convertible to torch.float32, got torch.complex",
+        ),
+        (put(FIRST, torch.zeros(4, 32).to(torch.float8_e4m3fn)), "got torch.float8_e4m3fn"),
         (put(FIRST, torch.full((4, 32), 1e300, dtype=torch.float64)), "expected finite values of torch.float32"),
         (put(FIRST.replace("model.layers.0", "model/../.."), torch.zeros(4, 32)), "expected layers that the model has"),
     ],
-    ids=range(11),
+    ids=range(13),
 )
 def test_tensors_that_do_not_fit(saved, change, match):
     edit_tensors(saved, change)

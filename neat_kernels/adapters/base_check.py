@@ -11,7 +11,7 @@ from torch import nn
 
 from neat_kernels.adapters.errors import AdapterError
 from neat_kernels.adapters.fingerprint import check_plain, fingerprint
-from neat_kernels.adapters.inventory import ADAPTED
+from neat_kernels.adapters.names import ADAPTED
 from neat_kernels.adapters.parts import Parts
 
 _NAMED = 10
@@ -36,7 +36,8 @@ def warn_of_other_base(metadata: Mapping[str, Any], parts: Parts, modules: Mappi
     known = metadata.get("base", {})
     if not isinstance(known, dict) or not all(isinstance(value, str) for value in known.values()):
         raise AdapterError(f"{path}: expected the hash of each base weight in the metadata, got {str(known)[:80]}")
-    other = [name for name in parts.layers if name in known and known[name] != _hash(name, modules[name], parts)]
+    trained = _trained_ids(parts, modules)
+    other = [name for name in parts.layers if name in known and known[name] != _hash(name, modules[name], trained)]
     if other:
         rest = f" and {len(other) - _NAMED} more" if len(other) > _NAMED else ""
         warnings.warn(
@@ -47,7 +48,13 @@ def warn_of_other_base(metadata: Mapping[str, Any], parts: Parts, modules: Mappi
         )
 
 
-def _hash(name: str, module: nn.Module, parts: Parts) -> str:
+def _trained_ids(parts: Parts, modules: Mapping[str, nn.Module]) -> set[int]:
+    """Parameters that the file holds: a bias among them is no part of the base, whichever layer it is seen from."""
+    split = [name.rpartition(".") for name in parts.trained]
+    return {id(modules[parent]._parameters.get(own)) for parent, _, own in split if parent in modules}
+
+
+def _hash(name: str, module: nn.Module, trained: set[int]) -> str:
     weight = module.base_weight if isinstance(module, ADAPTED) else module.get_parameter("weight")
-    bias = None if f"{name}.bias" in parts.trained else module._parameters.get("bias")
-    return fingerprint(check_plain(f"{name}.weight", weight), bias)
+    bias = module._parameters.get("bias")
+    return fingerprint(check_plain(f"{name}.weight", weight), None if id(bias) in trained else bias)

@@ -21,7 +21,6 @@ _LOAD = {
         'model = PeftModel.from_pretrained({auto}.from_pretrained("{base}"), "this folder")'
     ),
 }
-_AUTO = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_CLS": "AutoModelForSequenceClassification", None: "AutoModel"}
 _TITLE = {LORA: "LoRA adapter, exported from Neat", NEAT: "Neat adapter"}
 
 
@@ -39,7 +38,9 @@ def model_card(config: dict[str, Any], reasons: Sequence[str] = ()) -> str:
     if base and not Path(base).exists():
         head.append(f"base_model: {base}")
     head += ["tags:", f"- {kind.lower()}", "- neat-kernels", "---", ""]
-    names = {"auto": _AUTO.get(config["task_type"], "AutoModel"), "base": base or "the base model"}
+    mapping = config["auto_mapping"] or {}
+    known = str(mapping.get("parent_library")).startswith("transformers.")
+    names = {"auto": mapping["base_model_class"] if known else "AutoModel", "base": base or "the base model"}
     readers = (["neat-kernels"] if kind != LORA else []) + (["peft"] if by_peft else [])
     parts = [
         f"# {_TITLE.get(kind, 'Neat adapter (PEANUT in PEFT)')}",

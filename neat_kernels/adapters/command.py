@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from neat_kernels.adapters.save import METADATA
 from neat_kernels.adapters.swap import merge_neat
 from neat_kernels.adapters.weights import Weights
 
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SILENT = ("peft_type", "base_model_name_or_path", "auto_mapping", "inference_mode", "init_weights")
 
 
@@ -42,16 +43,17 @@ def inspect(folder: Path, console: Console) -> None:
         metadata = weights.own_metadata(METADATA)
     facts = Table.grid(padding=(0, 2))
     facts.add_row("type", values["peft_type"])
-    facts.add_row("base", str(values.get("base_model_name_or_path") or "not recorded"))
+    facts.add_row("base", printable(values.get("base_model_name_or_path") or "not recorded"))
     facts.add_row("loaded by", _readers(values["peft_type"]))
     for name, value in values.items():
         if name not in _SILENT and value not in (None, False, [], {}, ""):
-            facts.add_row(name, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
+            text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            facts.add_row(printable(name), printable(text))
     facts.add_row("parameters", f"{sum(torch.Size(shape).numel() for shape in shapes.values()):,}")
     if metadata:
         hashes = len(metadata.get("base") or ())
         facts.add_row("written by", f"neat-kernels {metadata.get('version')}, with the hashes of {hashes} base weights")
-    console.print(facts, markup=False)
+    console.print(facts)
     console.print(_tensors(shapes, norms))
 
 
@@ -64,7 +66,7 @@ def export(
         AdapterError: the adapter, the base model or the output is not as it must be; nothing is written then.
     """
     check_destination(output, overwrite, FILES)
-    rank = int(pad_to) if pad_to is not None and pad_to.isdigit() else pad_to
+    rank = int(pad_to) if pad_to is not None and pad_to.isdecimal() and int(pad_to) > 0 else pad_to
     exported = export_lora(_adapted(folder, model, "auto"), output, pad_to=rank, overwrite=overwrite)
     console.print(escape(str(exported)), soft_wrap=True, highlight=False)
     console.print(
@@ -83,9 +85,13 @@ def merge(
     """
     check_destination(output, False, ())
     values = read_config(folder)
-    adapted = _adapted(folder, model, _dtype(dtype))
+    target = _dtype(dtype)
+    adapted = _adapted(folder, model, "auto")
+    if target is not None and target.itemsize > next(adapted.parameters()).dtype.itemsize:
+        # W is exact in the wider dtype, W + ΔW is not in the narrower one.
+        adapted.to(target)
     try:
-        merged = merge_neat(adapted, rounding=rounding, seed=seed)
+        merged = merge_neat(adapted, rounding=rounding, seed=seed).to(target)
     except ValueError as error:
         raise AdapterError(str(error)) from error
     tokenizer = _tokenizer(model or values.get("base_model_name_or_path"))
@@ -106,13 +112,12 @@ def _adapted(folder: Path, model: str | None, dtype: torch.dtype | str) -> nn.Mo
     return load_adapter(load_base(folder, values, model, dtype), folder)
 
 
-def _dtype(name: str | None) -> torch.dtype | str:
+def _dtype(name: str | None) -> torch.dtype | None:
     if name is None:
-        return "auto"
-    found = getattr(torch, name, None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise AdapterError(f"--dtype: expected float32, bfloat16 or float16, got {name!r}")
-    return found
+        return None
+    if name not in _DTYPES:
+        raise AdapterError(f"--dtype: expected {', '.join(_DTYPES)}, got {name!r}")
+    return _DTYPES[name]
 
 
 def _tokenizer(location: Any) -> Any:
@@ -133,17 +138,23 @@ def _readers(peft_type: str) -> str:
     }[peft_type]
 
 
+def printable(value: object) -> str:
+    """Text of a file for a terminal: without markup, and without characters that control it."""
+    return escape("".join(c if c.isprintable() else "?" for c in str(value)))
+
+
 def _tensors(shapes: Mapping[str, tuple[int, ...]], norms: Mapping[str, float]) -> Table:
     """One row for all tensors of one name and shape: how many, and the span of their norms."""
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("tensor")
     for column in ("shape", "number", "norm"):
         table.add_column(column, justify="right")
-    kinds = {name: (_kind(name), shape) for name, shape in shapes.items()}
-    for (kind, shape), number in Counter(kinds.values()).items():
-        own = [norms[name] for name in shapes if kinds[name] == (kind, shape)]
+    alike: dict[tuple[str, tuple[int, ...]], list[float]] = defaultdict(list)
+    for name, shape in shapes.items():
+        alike[_kind(name), shape].append(norms[name])
+    for (kind, shape), own in alike.items():
         span = f"{min(own):.3g}" if len(own) == 1 else f"{min(own):.3g} to {max(own):.3g}"
-        table.add_row(kind, " × ".join(map(str, shape)) or "scalar", str(number), span)
+        table.add_row(printable(kind), " × ".join(map(str, shape)) or "scalar", str(len(own)), span)
     return table
 
 

@@ -19,7 +19,7 @@ from neat_kernels.vocabulary import nearest
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
 FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)
-_MAX_CONFIG_BYTES = 1 << 24
+_MAX_CONFIG_BYTES = 1 << 22
 
 # What every configuration of PEFT has and what says nothing about how the adapter computes.
 ABOUT = (
@@ -144,11 +144,6 @@ class Config:
         own = (self.values.get("layer_options") or {}).get(name, {})
         return replace(common, **_from_plain(own))
 
-    @property
-    def trained_parameters(self) -> tuple[str, ...]:
-        """Full names of the parameters that are trained beside adapters and modules."""
-        return tuple(self.values.get("trained_parameters") or ())
-
 
 def common_options(options: Collection[LayerOptions]) -> LayerOptions:
     """The options that most layers have, with the rank that most layers have."""
@@ -184,8 +179,9 @@ def check_known(path: Path, values: Mapping[str, Any], known: Collection[str]) -
     """Raise AdapterError for a field that is set and that nothing here reads."""
     unread = [name for name, value in values.items() if name not in known and value not in (None, False, [], {}, "")]
     if unread:
-        close = ", ".join(f"{name} (like {nearest(name, known, 1)[0]})" for name in unread)
-        raise AdapterError(f"{path}: expected fields that this version knows, got {close}")
+        close = ", ".join(f"{name[:40]} (like {nearest(name, known, 1)[0]})" for name in unread[:5])
+        rest = f" and {len(unread) - 5} more" if len(unread) > 5 else ""
+        raise AdapterError(f"{path}: expected fields that this version knows, got {close}{rest}")
 
 
 def checked_config(folder: Path, values: Mapping[str, Any]) -> Config:
@@ -224,7 +220,7 @@ def _check_shapes_of_fields(values: Mapping[str, Any]) -> None:
     for pattern in values.get("rank_pattern") or {}:
         re.compile(pattern)
     for name, own in (values.get("layer_options") or {}).items():
-        if not isinstance(own, dict) or set(own) - set(_DEFAULTS):
+        if not isinstance(own, dict) or set(own) - (set(_DEFAULTS) - {"backend"}):
             raise TypeError(f"layer_options[{name!r}] must hold options of a layer, got {own!r}")
     check_names(values)
 

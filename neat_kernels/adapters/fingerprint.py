@@ -40,7 +40,8 @@ def fingerprint(*tensors: Tensor | None) -> str:
 
 def check_plain(name: str, tensor: Tensor) -> Tensor:
     """The tensor, if it holds its values here and whole; else AdapterError."""
-    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.device.type == "meta":
-        kind = "one on the meta device" if tensor.device.type == "meta" else f"a {type(tensor).__name__}"
+    plain = type(tensor) in (Tensor, torch.nn.Parameter)
+    if not plain or tensor.device.type == "meta":
+        kind = "one on the meta device" if plain else f"a {type(tensor).__name__}"
         raise AdapterError(f"{name}: expected a tensor that holds its values in this process, got {kind}; gather it")
     return tensor

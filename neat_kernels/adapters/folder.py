@@ -26,6 +26,8 @@ def check_destination(folder: Path, overwrite: bool, replaceable: Collection[str
     """
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise AdapterError(f"{folder}: expected a folder or a free name, got a link or a file")
+    if folder.exists() and folder.samefile(Path.cwd()):
+        raise AdapterError(f"{folder}: expected another folder than the current one, whose place a new one takes")
     there = sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
     if there and not overwrite:
         raise AdapterError(f"{folder} is not empty: expected a new folder, or overwrite=True to replace an adapter")
@@ -55,7 +57,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         yield temporary
         # mkdtemp makes a folder that only its owner enters.
         temporary.chmod(0o777 & ~_umask())
-        for path in temporary.iterdir():
+        for path in temporary.rglob("*"):
             _flush(path)
         _flush(temporary)
         _take_place(temporary, folder)

@@ -12,19 +12,17 @@ from torch import Tensor, nn
 from neat_kernels.adapters.description import Description
 from neat_kernels.adapters.errors import AdapterError
 from neat_kernels.adapters.fingerprint import check_plain, fingerprint
-from neat_kernels.adapters.names import clean, named_modules, unwrapped
+from neat_kernels.adapters.match import CLASSIFIER_HEADS
+from neat_kernels.adapters.names import ADAPTED, clean, named_modules, unwrapped
 from neat_kernels.adapters.swap import modules_to_save
 from neat_kernels.layer import FusedNeatLinear
 from neat_kernels.lora_layer import FusedLoraLinear
 from neat_kernels.options import LayerOptions
 
-ADAPTED = (FusedNeatLinear, FusedLoraLinear)
 Layer = FusedNeatLinear | FusedLoraLinear
 
 _TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM"}
 _CLASSIFIER = "ForSequenceClassification"
-# The names that PEFT trains whole in a model with this task, whether the configuration has them or not.
-_CLASSIFIER_HEADS = ("classifier", "score")
 
 
 @dataclass(frozen=True)
@@ -83,13 +81,14 @@ def take_inventory(model: nn.Module, *, lora: bool = False) -> Inventory:
     inside = {f"{name}.{child}" for name, layer in layers.items() for child, _ in layer.named_modules() if child}
     modules = {name: module for name, module in named_modules(model).items() if name not in inside}
     saved = _saved(modules, model)
+    _check_layers(layers, saved)
     trained = _trained(model, layers, saved)
     description = Description(
         layers={name: layer_options(layer) for name, layer in layers.items() if isinstance(layer, FusedNeatLinear)},
         modules_to_save=tuple(saved),
         trained_parameters=tuple(trained),
         base=_base(model),
-        task_type=_task_type(model, saved),
+        task_type=_task_type(model, saved, modules),
         auto_mapping={"base_model_class": type(model).__name__, "parent_library": type(model).__module__},
         unsupported=tuple(_unsupported(modules, layers, saved, model)),
     )
@@ -113,7 +112,7 @@ def layer_options(layer: FusedNeatLinear) -> LayerOptions:
 def owners(model: nn.Module) -> dict[int, list[str]]:
     """Names under which each parameter is held, by id; a merged layer holds its base weight."""
     found: dict[int, list[str]] = defaultdict(list)
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         own: dict[str, nn.Parameter | None] = dict(module._parameters)
         if isinstance(module, FusedNeatLinear):
             own["weight"] = module.base_weight
@@ -146,8 +145,20 @@ def _saved(modules: dict[str, nn.Module], model: nn.Module) -> dict[str, nn.Modu
     for parent, module in {"": model, **modules}.items():
         for name in modules_to_save(module):
             full = clean(f"{parent}.{name}" if parent else name)
+            if full not in modules:
+                raise AdapterError(
+                    f"expected the modules_to_save of apply_neat(), got none that is called {full!r} now"
+                )
             found[full] = modules[full]
     return found
+
+
+def _check_layers(layers: dict[str, Layer], saved: dict[str, nn.Module]) -> None:
+    for name, layer in layers.items():
+        if layer.base_weight.requires_grad:
+            raise AdapterError(f"{name}: expected a frozen base weight, got one that is trainable")
+        if whole := [other for other in saved if name.startswith(f"{other}.")]:
+            raise AdapterError(f"{name}: expected a layer outside of modules_to_save, got one in {whole[0]!r}")
 
 
 def _trained(model: nn.Module, layers: dict[str, Layer], saved: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
@@ -162,11 +173,15 @@ def _base(model: nn.Module) -> str | None:
     return name if isinstance(name, str) and name else None
 
 
-def _task_type(model: nn.Module, saved: dict[str, nn.Module]) -> str | None:
+def _task_type(model: nn.Module, saved: dict[str, nn.Module], modules: dict[str, nn.Module]) -> str | None:
+    """The task, for a model that PEFT's class for it can wrap."""
     kind = type(model).__name__
     if kind.endswith(_CLASSIFIER):
-        heads = {name for name, _ in model.named_children() if name in _CLASSIFIER_HEADS}
+        # PEFT trains every module whole whose name ends so, whether the configuration has it or not.
+        heads = {name for name in modules if name.endswith(CLASSIFIER_HEADS)}
         return "SEQ_CLS" if heads and heads <= set(saved) else None
+    if not hasattr(model, "prepare_inputs_for_generation"):
+        return None
     return next((task for ending, task in _TASKS.items() if kind.endswith(ending)), None)
 
 
@@ -182,6 +197,8 @@ def _unsupported(
         yield "a layer that the model uses under several names"
     if tied := tied_outside(saved, model):
         yield f"modules_to_save {tied[0]}, which shares a parameter with another part of the model"
+    if nested := [name for name in saved if any(name.startswith(f"{other}.") for other in saved)]:
+        yield f"modules_to_save {nested[0]} inside another one"
     # PEFT takes every module whose name ends so, after a dot or not.
     if extra := [name for name in modules if name not in saved and name.endswith(tuple(saved))]:
         yield f"modules_to_save {', '.join(saved)}, which PEFT would take {extra[0]} for too"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from neat_kernels.adapters.base_check import warn_of_other_base
 from neat_kernels.adapters.description import Config, checked_config, read_config
 from neat_kernels.adapters.errors import AdapterError
-from neat_kernels.adapters.inventory import layer_options
+from neat_kernels.adapters.inventory import layer_options, take_inventory
 from neat_kernels.adapters.match import check_adaptable
 from neat_kernels.adapters.names import (
     PARAMETER_PREFIX,
@@ -58,8 +58,8 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], *, check_base: bo
     modules = named_modules(root)
     with Weights(path) as weights:
         prefix = PARAMETER_PREFIX[config.peft_type]
-        parts = find_parts(config.values, config.options, weights, f".{prefix}A.weight", modules)
-        _check_against_model(config, parts, modules, path)
+        parts = find_parts(config.values, config.options, weights, f".{prefix}A.weight", root)
+        _check_against_model(config, parts, root, modules, path)
         others = other_tensors(parts, root)
         expected = {**_adapter_tensors(parts, modules, prefix), **{n: (t.shape, t.dtype) for n, t in others.items()}}
         weights.check_keys({name: tuple(shape) for name, (shape, _) in expected.items()})
@@ -72,7 +72,9 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], *, check_base: bo
     return model
 
 
-def _check_against_model(config: Config, parts: Parts, modules: Mapping[str, nn.Module], path: Path) -> None:
+def _check_against_model(
+    config: Config, parts: Parts, root: nn.Module, modules: Mapping[str, nn.Module], path: Path
+) -> None:
     if strangers := [name for name in config.values.get("layer_options") or {} if name not in parts.layers]:
         raise AdapterError(f"{path}: layer_options names {strangers[0]!r}, which has no tensors")
     if lora := [name for name, m in modules.items() if isinstance(m, FusedLoraLinear)]:
@@ -82,6 +84,8 @@ def _check_against_model(config: Config, parts: Parts, modules: Mapping[str, nn.
     if there and len(adapted) < len(parts.layers):
         missing = next(name for name in parts.layers if name not in there)
         raise AdapterError(f"expected a plain model, or Neat layers where the adapter has them; {missing!r} has none")
+    if there:
+        _check_nothing_else_is_trained(parts, root)
     ids = {id(modules[name]) for name in parts.layers}
     if surplus := [name for name, layer in there.items() if id(layer) not in ids]:
         raise AdapterError(f"expected Neat layers only where the adapter has them, got one at {surplus[0]!r} too")
@@ -92,6 +96,18 @@ def _check_against_model(config: Config, parts: Parts, modules: Mapping[str, nn.
             raise AdapterError(f"{name}: expected the options of the adapter, {want}; the layer has {have}")
         if layer.merged:
             raise AdapterError(f"{name} is merged: call unmerge() before load_adapter()")
+
+
+def _check_nothing_else_is_trained(parts: Parts, root: nn.Module) -> None:
+    """What another adapter has trained would stay beside this one."""
+    inventory = take_inventory(root)
+    theirs = {id(module) for module in parts.modules.values()}
+    if kept := [name for name, module in inventory.modules.items() if id(module) not in theirs]:
+        raise AdapterError(
+            f"expected modules_to_save that the adapter has too, got {kept[0]!r}, which it does not have"
+        )
+    if kept := [name for name in inventory.trained if name not in parts.trained]:
+        raise AdapterError(f"expected trained parameters that the adapter has too, got {kept[0]!r}")
 
 
 def _adapter_tensors(
@@ -122,5 +138,6 @@ def _copy(
         assert isinstance(layer, FusedNeatLinear)
         for suffix, parameter in layer_parameters(layer):
             parameter.copy_(values[f"{name}.{prefix}{suffix}"])
+            parameter.requires_grad_(True)
     for name, tensor in others.items():
         tensor.copy_(values[name])

@@ -15,15 +15,15 @@ from neat_kernels.adapters.base_check import warn_of_other_base
 from neat_kernels.adapters.base_model import load_base
 from neat_kernels.adapters.description import ABOUT, CONFIG_FILE, SELECTION, check_known, check_names, read_config
 from neat_kernels.adapters.errors import AdapterError
-from neat_kernels.adapters.inventory import ADAPTED
 from neat_kernels.adapters.match import check_adaptable
-from neat_kernels.adapters.names import LORA, named_modules, unwrapped
+from neat_kernels.adapters.names import ADAPTED, LORA, named_modules, unwrapped
 from neat_kernels.adapters.parts import Parts, find_parts, insert_missing, other_tensors
 from neat_kernels.adapters.save import METADATA
 from neat_kernels.adapters.weights import Weights
 from neat_kernels.base_layer import adapter_dtype, as_matrix, is_conv1d
 from neat_kernels.lora_layer import FusedLoraLinear
 from neat_kernels.options import LayerOptions
+from neat_kernels.vocabulary import BACKENDS, check_choice, check_compute_dtype
 
 _READ = (
     "r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights",
@@ -65,6 +65,8 @@ def from_lora(
         ValueError: a layer of the model cannot be adapted. The model is unchanged then.
         TypeError: a layer of the model is no linear layer. The model is unchanged then.
     """
+    check_choice("backend", backend, BACKENDS)
+    check_compute_dtype(compute_dtype)
     path = Path(folder)
     values = read_config(path, (LORA,))
     _check(path / CONFIG_FILE, values)
@@ -78,7 +80,7 @@ def from_lora(
         return _options(values, name, compute_dtype, backend)
 
     with Weights(path) as weights:
-        parts = find_parts(values, options, weights, ".lora_A.weight", modules)
+        parts = find_parts(values, options, weights, ".lora_A.weight", root)
         others = other_tensors(parts, root)
         expected = {**_tensors(parts, modules), **{name: (t.shape, t.dtype) for name, t in others.items()}}
         weights.check_keys({name: tuple(shape) for name, (shape, _) in expected.items()})
@@ -113,7 +115,7 @@ def _check(path: Path, values: Mapping[str, Any]) -> None:
             for pattern in values.get(name) or {}:
                 re.compile(pattern)
         _options(values, "", None, "auto")
-    except (TypeError, ValueError, AttributeError, ZeroDivisionError, re.error) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError, re.error) as error:
         raise AdapterError(f"{path}: {error}") from None
 
 

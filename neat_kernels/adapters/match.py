@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
 from torch.nn.utils import parametrize
 
 from neat_kernels.adapters.config import NeatConfig
+from neat_kernels.adapters.names import matches
 from neat_kernels.base_layer import checked_weight, is_conv1d
 from neat_kernels.layer import FusedNeatLinear
 from neat_kernels.options import LayerOptions
 from neat_kernels.vocabulary import nearest
 
 # Names under which transformers keeps the head of a classifier.
-_CLASSIFIER_HEADS = ("score", "classifier")
+CLASSIFIER_HEADS = ("score", "classifier")
 
 
 @dataclass
@@ -45,7 +46,7 @@ def find_targets(model: nn.Module, config: NeatConfig) -> list[Target]:
         if child
     }
     names = [name for name in modules if name not in inside]
-    matched = [name for name in names if _is_target(name, model, modules, config)]
+    matched = [name for name in names if is_target(name, model, modules, config)]
     _check_entries_used(names, matched, modules, config)
     targets: dict[int, Target] = {}
     used_patterns: set[str] = set()
@@ -73,19 +74,15 @@ def find_modules_to_save(model: nn.Module, config: NeatConfig) -> dict[str, nn.M
     found: dict[str, nn.Module] = {}
     modules = dict(model.named_modules())
     for entry in config.modules_to_save or ():
-        hits = {name: m for name, m in modules.items() if _matches((entry,), name)}
+        hits = {name: m for name, m in modules.items() if matches((entry,), name)}
         if not hits:
             raise ValueError(f"modules_to_save {entry!r} matched no module; nearest names: {_nearest(entry, modules)}")
         found.update(hits)
     return found
 
 
-def _matches(entries: Iterable[str], name: str) -> bool:
-    return any(name == entry or name.endswith(f".{entry}") for entry in entries)
-
-
 def _selected(entries: Collection[str] | str, name: str) -> bool:
-    return bool(re.fullmatch(entries, name)) if isinstance(entries, str) else _matches(entries, name)
+    return bool(re.fullmatch(entries, name)) if isinstance(entries, str) else matches(entries, name)
 
 
 def _all_linear(config: NeatConfig) -> bool:
@@ -98,7 +95,8 @@ def _excluded(name: str, config: NeatConfig) -> bool:
     return any(re.match(rf"(^|.*\.){re.escape(m)}($|\..*)", name) for m in config.modules_to_save or ())
 
 
-def _is_target(name: str, model: nn.Module, modules: dict[str, nn.Module], config: NeatConfig) -> bool:
+def is_target(name: str, model: nn.Module, modules: Mapping[str, nn.Module], config: NeatConfig) -> bool:
+    """Whether the configuration means the module of that name."""
     if _excluded(name, config):
         return False
     assert config.target_modules is not None
@@ -111,12 +109,12 @@ def _is_target(name: str, model: nn.Module, modules: dict[str, nn.Module], confi
     return selected and _layer_selected(name, config)
 
 
-def _in_output_head(name: str, model: nn.Module, modules: dict[str, nn.Module]) -> bool:
+def _in_output_head(name: str, model: nn.Module, modules: Mapping[str, nn.Module]) -> bool:
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
     if head is not None:
         return modules[name] is head
-    return name.split(".")[0] in _CLASSIFIER_HEADS
+    return name.split(".")[0] in CLASSIFIER_HEADS
 
 
 def _layer_selected(name: str, config: NeatConfig) -> bool:
@@ -154,7 +152,7 @@ def _check_entries_used(
             raise ValueError(f"target_modules {targets!r} matched no layer; nearest names: {_nearest(targets, linear)}")
     else:
         for entry in targets or ():
-            if not any(_matches((entry,), name) for name in names):
+            if not any(matches((entry,), name) for name in names):
                 raise ValueError(f"target_modules {entry!r} matched no layer; nearest names: {_nearest(entry, linear)}")
         if not matched:
             raise ValueError(

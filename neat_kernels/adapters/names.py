@@ -8,6 +8,9 @@ from collections.abc import Collection, Iterable, Iterator
 from torch import nn
 
 from neat_kernels.layer import FusedNeatLinear
+from neat_kernels.lora_layer import FusedLoraLinear
+
+ADAPTED = (FusedNeatLinear, FusedLoraLinear)
 
 # PEFT wraps a model twice: PeftModel.base_model is the tuner, whose .model is the user's model.
 PREFIX = "base_model.model."
@@ -40,6 +43,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = model.get_submodule("_orig_mod")
         else:
             return model
+
+
+def is_wrapped(name: str) -> bool:
+    """Whether a name ends in what torch has put around a module."""
+    return name.rpartition(".")[2] in _WRAPPERS
 
 
 def clean(name: str) -> str:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from neat_kernels.adapters.config import NeatConfig
+from neat_kernels.adapters.description import SELECTION
 from neat_kernels.adapters.errors import AdapterError
 from neat_kernels.adapters.fingerprint import check_plain
-from neat_kernels.adapters.inventory import ADAPTED
-from neat_kernels.adapters.match import Target
-from neat_kernels.adapters.names import clean, matches, named_modules
+from neat_kernels.adapters.match import Target, is_target
+from neat_kernels.adapters.names import ADAPTED, NEAT, clean, is_wrapped, matches, named_modules
 from neat_kernels.adapters.swap import Adapt, insert
 from neat_kernels.adapters.weights import Weights
 from neat_kernels.base_layer import is_conv1d
@@ -40,7 +41,7 @@ def find_parts(
     options: Callable[[str], LayerOptions],
     weights: Weights,
     ending: str,
-    modules: Mapping[str, nn.Module],
+    root: nn.Module,
 ) -> Parts:
     """The layers that the file has tensors for, held to what the configuration says.
 
@@ -49,39 +50,68 @@ def find_parts(
         options: of the layer of a name.
         weights: the file.
         ending: of the name of the tensor that every layer has.
-        modules: of the model, by name.
+        root: the model, without wrappers.
 
     Raises:
         AdapterError: the file, the configuration and the model do not fit.
     """
-    path = weights.path.parent
+    path, modules = weights.path.parent, named_modules(root)
     names = [key.removesuffix(ending) for key in weights.shapes if key.endswith(ending)]
     if not names:
         raise AdapterError(f"{weights.path}: expected tensors that end in {ending!r}, got none")
     if unknown := [name for name in names if name not in modules]:
         raise AdapterError(f"{path}: expected layers that the model has, got {unknown[0]!r}, which it does not have")
-    saved = {name: module for name, module in modules.items() if matches(values.get("modules_to_save") or (), name)}
-    if missing := sorted(_selected(values, modules, saved) - set(names)):
-        raise AdapterError(f"{path}: the configuration names {missing[0]!r}, for which there are no tensors")
+    _check_names(names, values["peft_type"], modules, path)
     try:
+        chosen = _selected(values, root, modules)
         layers = {name: options(name) for name in names}
     except (TypeError, ValueError) as error:
         raise AdapterError(f"{path}: {error}") from None
-    return Parts(layers, saved, tuple(values.get("trained_parameters") or ()))
+    if missing := sorted(chosen - set(names)):
+        raise AdapterError(f"{path}: the configuration names {missing[0]!r}, for which there are no tensors")
+    if unnamed := sorted(set(names) - chosen):
+        raise AdapterError(f"{path}: the configuration does not name {unnamed[0]!r}, for which there are tensors")
+    if deep := [name for name, o in layers.items() if o.depth > len(weights.shapes)]:
+        raise AdapterError(f"{path}: expected the tensors of depth {layers[deep[0]].depth}, got {len(weights.shapes)}")
+    return Parts(layers, _saved(values, weights, modules), tuple(values.get("trained_parameters") or ()))
 
 
-def _selected(values: Mapping[str, Any], modules: Mapping[str, nn.Module], saved: Collection[str]) -> set[str]:
-    """The linear layers that target_modules means; nothing where the configuration narrows its choice further."""
-    targets = values.get("target_modules")
-    if not targets or any(values.get(name) for name in ("exclude_modules", "layers_to_transform", "layers_pattern")):
-        return set()
-    within = tuple(f"{name}." for name in saved)
+def _check_names(names: list[str], peft_type: str, modules: Mapping[str, nn.Module], path: Path) -> None:
+    aliases: dict[int, list[str]] = {}
+    for name, module in modules.items():
+        aliases.setdefault(id(module), []).append(name)
+    seen: dict[int, str] = {}
+    for name in names:
+        if (other := seen.setdefault(id(modules[name]), name)) != name:
+            raise AdapterError(f"{path}: expected one adapter for the layer {name!r}, got another under {other!r}")
+        if peft_type != NEAT and len(aliases[id(modules[name])]) > 1:
+            raise AdapterError(
+                f"{path}: expected layers with one name each, which PEFT adapts; "
+                f"got {name!r}, which is also {', '.join(n for n in aliases[id(modules[name])] if n != name)!r}"
+            )
+
+
+def _saved(values: Mapping[str, Any], weights: Weights, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The modules that are trained whole, each under the name that the file has."""
+    entries = values.get("modules_to_save") or ()
+    found: dict[int, str] = {}
+    for name, module in modules.items():
+        if matches(entries, name):
+            in_file = any(key.startswith(f"{name}.") for key in weights.shapes)
+            if in_file or id(module) not in found:
+                found[id(module)] = name
+    return {name: modules[name] for name in found.values()}
+
+
+def _selected(values: Mapping[str, Any], root: nn.Module, modules: Mapping[str, nn.Module]) -> set[str]:
+    """The linear layers that the configuration means, each under the first of its names."""
+    selection: dict[str, Any] = {name: values.get(name) for name in SELECTION}
+    config = NeatConfig(**selection)
     seen: set[int] = set()
     chosen = set()
     for name, module in modules.items():
         linear = isinstance(module, (nn.Linear, *ADAPTED)) or is_conv1d(module)
-        wanted = re.fullmatch(targets, name) if isinstance(targets, str) else matches(targets, name)
-        if linear and wanted and id(module) not in seen and name not in saved and not name.startswith(within):
+        if linear and id(module) not in seen and is_target(name, root, modules, config):
             seen.add(id(module))
             chosen.add(name)
     return chosen
@@ -99,9 +129,9 @@ def other_tensors(parts: Parts, root: nn.Module) -> dict[str, Tensor]:
         for key, value in module.state_dict(keep_vars=True).items()
     }
     parameters = {clean(name): p for name, p in root.named_parameters(remove_duplicate=False)}
-    frozen = {f"{name}.weight" for name in parts.layers}
+    frozen = {id(p) for name in parts.layers for p in (parameters.get(f"{name}.weight"),)}
     for name in parts.trained:
-        if name not in parameters or name in frozen:
+        if name not in parameters or id(parameters[name]) in frozen:
             raise AdapterError(f"trained_parameters: expected parameters of the model that may train, got {name!r}")
         found[name] = check_plain(name, parameters[name])
     return found
@@ -113,6 +143,9 @@ def insert_missing(root: nn.Module, parts: Parts, adapt: Adapt | None = None) ->
     for name, module in root.named_modules(remove_duplicate=False):
         aliases.setdefault(id(module), []).append(name)
     modules = named_modules(root)
+    for name in parts.layers:
+        if any(map(is_wrapped, aliases[id(modules[name])])):
+            raise AdapterError(f"{name}: expected a layer that is not compiled by itself: load the adapter first")
     targets = [
         Target(modules[name], aliases[id(modules[name])], options)
         for name, options in parts.layers.items()

@@ -11,6 +11,7 @@ from torch import nn
 
 from neat_kernels.adapters.config import NeatConfig
 from neat_kernels.adapters.match import Target, find_modules_to_save, find_targets
+from neat_kernels.adapters.names import ADAPTED, unwrapped
 from neat_kernels.base_layer import carry_hooks
 from neat_kernels.layer import FusedNeatLinear, neat_layers
 from neat_kernels.merge import SEEDS, check_rounding, draw_seed
@@ -53,7 +54,9 @@ def apply_neat(model: Model, config: NeatConfig) -> Model:
 
 def insert(model: Model, targets: list[Target], saved: Mapping[str, nn.Module], adapt: Adapt = neat_layer) -> Model:
     """`apply_neat` once it is known which layers are adapted, how, and which modules are trained whole, by name."""
-    _check_saved(targets, saved)
+    root = unwrapped(model)
+    earlier = {name: root.get_submodule(name) for name in modules_to_save(root)}
+    _check_saved(root, targets, {**earlier, **saved})
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     try:
         layers = [_adapted(target, adapt) for target in targets]
@@ -61,16 +64,20 @@ def insert(model: Model, targets: list[Target], saved: Mapping[str, nn.Module], 
         for p in trainable.values():
             p.requires_grad_(True)
         raise
-    if not list(neat_layers(model)):
-        # A second call, for layers with other options, must not freeze what the first one trains.
-        model.requires_grad_(False)
+    # A second call, for layers with other options, must not freeze what the first one trains.
+    kept = [m for m in model.modules() if isinstance(m, ADAPTED)] + list(earlier.values())
+    keep = {id(p) for module in kept for p in module.parameters() if p.requires_grad}
+    for p in model.parameters():
+        p.requires_grad_(id(p) in keep)
     for target, layer in zip(targets, layers, strict=True):
         for name in target.names:
             _replace(model, name, layer)
-    for module in saved.values():
-        module.requires_grad_(True)
+    for p in [p for module in saved.values() for p in module.parameters() if p.is_floating_point()]:
+        p.requires_grad_(True)
     model.__dict__.setdefault(_BEFORE, tuple(trainable))
-    model.__dict__[_SAVED] = tuple(dict.fromkeys((*modules_to_save(model), *saved)))
+    # Under the names that the model has without torch's wrappers, which come and go.
+    names = {id(module): name for name, module in root.named_modules()}
+    root.__dict__[_SAVED] = tuple(dict.fromkeys((*earlier, *(names[id(module)] for module in saved.values()))))
     return model
 
 
@@ -165,9 +172,17 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def _check_saved(targets: list[Target], saved: Mapping[str, nn.Module]) -> None:
-    owners = {id(target.module.weight): target.names[0] for target in targets}
+def _check_saved(model: nn.Module, targets: list[Target], saved: Mapping[str, nn.Module]) -> None:
+    layers: dict[str, nn.Module] = {target.names[0]: target.module for target in targets}
+    layers.update({name: m for name, m in model.named_modules() if isinstance(m, ADAPTED)})
+    owners = {id(m.base_weight if isinstance(m, ADAPTED) else m.weight): name for name, m in layers.items()}
     for name, module in saved.items():
+        inside = {id(m) for m in module.modules()}
+        if held := [layer for layer, m in layers.items() if id(m) in inside]:
+            raise ValueError(
+                f"modules_to_save {name!r} holds the adapted layer {held[0]!r}: expected a module to be trained whole "
+                "or to have adapters inside, got both"
+            )
         for p in module.parameters():
             if id(p) in owners:
                 raise ValueError(

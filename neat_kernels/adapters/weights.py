@@ -14,6 +14,7 @@ from torch import Tensor
 from neat_kernels.adapters.description import WEIGHTS_FILE
 from neat_kernels.adapters.errors import AdapterError
 from neat_kernels.adapters.names import PREFIX
+from neat_kernels.vocabulary import COMPUTE_DTYPES
 
 _PICKLED = ("adapter_model.bin", "adapter_model.pt")
 
@@ -85,7 +86,7 @@ class Weights:
                 that dtype.
         """
         value = self._file.get_tensor(PREFIX + name)
-        if value.is_floating_point() != dtype.is_floating_point:
+        if _kind(value.dtype) != _kind(dtype):
             raise AdapterError(f"{self.path}: expected {name} to be convertible to {dtype}, got {value.dtype}")
         value = value.to(dtype)
         if value.is_floating_point() and not value.isfinite().all():
@@ -93,13 +94,15 @@ class Weights:
         return value
 
     def read_any(self, name: str) -> Tensor:
-        """The values of one tensor in its own dtype, or float64 of integers.
+        """The values of one tensor as float64.
 
         Raises:
             AdapterError: values are not finite.
         """
-        own = self._file.get_tensor(PREFIX + name)
-        return self.read(name, own.dtype) if own.is_floating_point() else own.double()
+        dtype = self._file.get_tensor(PREFIX + name).dtype
+        if _kind(dtype) not in ("floating", "integer", "bool"):
+            raise AdapterError(f"{self.path}: expected real values in {name!r}, got {dtype}")
+        return self.read(name, dtype).double()
 
     def own_metadata(self, key: str) -> dict[str, Any]:
         """The JSON object under a key of the metadata; empty where there is none.
@@ -114,3 +117,12 @@ class Weights:
         if not isinstance(found, dict):
             raise AdapterError(f"{self.path}: expected a JSON object under {key!r} in the metadata, got something else")
         return found
+
+
+def _kind(dtype: torch.dtype) -> str:
+    """Dtypes of one kind may be converted to one another; the 8-bit floats are no values without their scales."""
+    if dtype in COMPUTE_DTYPES:
+        return "floating"
+    if dtype == torch.bool:
+        return "bool"
+    return str(dtype) if dtype.is_floating_point or dtype.is_complex else "integer"

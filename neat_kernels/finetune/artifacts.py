@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from neat_kernels.adapters.errors import AdapterError
 from neat_kernels.adapters.folder import check_destination, whole_folder
+from neat_kernels.adapters.inventory import copied
 from neat_kernels.adapters.load import load_adapter
 from neat_kernels.adapters.lora_export import export_lora
 from neat_kernels.adapters.lora_import import from_lora
@@ -20,10 +22,16 @@ from neat_kernels.adapters.save import save_adapter, write_json, write_tensors
 from neat_kernels.finetune.batches import Batch, Tokens
 from neat_kernels.finetune.model import Pretrained, TextClassifier
 from neat_kernels.finetune.settings import UsageError
+from neat_kernels.vocabulary import check_int
 
 CLASSIFIER, HEAD, ADAPTER, LORA, MODEL = "classifier.json", "head.safetensors", "adapter", "lora", "model"
 FORMAT = 1
 _PREDICTION_BATCH = 64
+# What a run leaves in the folder of a method.
+_OWN = (
+    CLASSIFIER, HEAD, ADAPTER, LORA, MODEL, f"{ADAPTER}/adapter_*", f"{ADAPTER}/README.md", f"{LORA}/adapter_*",
+    f"{LORA}/README.md", f"{MODEL}/*.json", f"{MODEL}/model*.safetensors",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -68,10 +76,10 @@ class Classifier:
 
 
 def save_trained(folder: Path, method: str, model: TextClassifier, task: Task, batch: Batch, overwrite: bool) -> None:
-    """Write what `method` has trained: its adapter or model, the head and the labels.
+    """Write what `method` has trained: its adapter or model, the head and the labels, whole or not at all.
 
     Args:
-        folder: of this method; classifier.json in it is written last.
+        folder: of this method.
         method: probe, lora, neat or full.
         model: the trained model.
         task: what the labels are.
@@ -82,20 +90,20 @@ def save_trained(folder: Path, method: str, model: TextClassifier, task: Task, b
         AdapterError: the folder holds other files, or what was trained is not finite.
         OSError: the disk is full or cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CLASSIFIER).unlink(missing_ok=True)
-    lines = _SAVE[method](folder, model.backbone, batch, overwrite)
-    head = {name: value.detach().cpu().contiguous() for name, value in model.head.state_dict().items()}
-    _replace(folder / HEAD, lambda path: write_tensors(path, head, {}))
-    facts = {
-        "format": FORMAT,
-        "method": method,
-        "model": task.model,
-        "labels": task.labels,
-        "max_length": task.max_length,
-        "load": [f'neat_kernels.finetune.load_classifier("{folder}") labels texts', *lines],
-    }
-    _replace(folder / CLASSIFIER, lambda path: write_json(path, facts))
+    _check_replaceable(folder, overwrite)
+    head = {name: copied(f"head.{name}", value) for name, value in model.head.state_dict().items()}
+    with whole_folder(folder) as temporary:
+        lines = _SAVE[method](temporary, folder, model.backbone, batch)
+        write_tensors(temporary / HEAD, head, {})
+        facts = {
+            "format": FORMAT,
+            "method": method,
+            "model": task.model,
+            "labels": task.labels,
+            "max_length": task.max_length,
+            "load": [f'neat_kernels.finetune.load_classifier("{folder}") labels texts', *lines],
+        }
+        write_json(temporary / CLASSIFIER, facts)
 
 
 def how_to_load(folder: Path) -> list[str]:
@@ -126,10 +134,18 @@ def load_classifier(folder: str | os.PathLike[str], device: torch.device | str =
     return Classifier(model.to(device).eval(), pretrained.tokenizer, task)
 
 
-def _save_neat(folder: Path, backbone: nn.Module, batch: Batch, overwrite: bool) -> list[str]:
-    saved = save_adapter(backbone, folder / ADAPTER, overwrite=overwrite)
-    inputs = {"input_ids": batch.ids, "attention_mask": batch.mask}
-    exported = export_lora(backbone, folder / LORA, batch=inputs, overwrite=overwrite)
+def _check_replaceable(folder: Path, overwrite: bool) -> None:
+    """Raise AdapterError where a folder would take files with it that no run has written."""
+    there = [path.relative_to(folder) for path in folder.rglob("*")] if folder.is_dir() else []
+    foreign = [path for path in there if not any(path.match(pattern) for pattern in _OWN)]
+    if foreign:
+        raise AdapterError(f"{folder}: expected nothing but what an earlier run has left, got {foreign[0]} too")
+    check_destination(folder, overwrite, {path.parts[0] for path in there})
+
+
+def _save_neat(temporary: Path, folder: Path, backbone: nn.Module, batch: Batch) -> list[str]:
+    saved = save_adapter(backbone, temporary / ADAPTER)
+    exported = export_lora(backbone, temporary / LORA, batch={"input_ids": batch.ids, "attention_mask": batch.mask})
     by_peft = "" if saved.reasons else f', or peft.PeftModel.from_pretrained(model, "{folder / ADAPTER}")'
     return [
         f'neat_kernels.load_adapter(model, "{folder / ADAPTER}"){by_peft}',
@@ -138,40 +154,24 @@ def _save_neat(folder: Path, backbone: nn.Module, batch: Batch, overwrite: bool)
     ]
 
 
-def _save_lora(folder: Path, backbone: Any, batch: Batch, overwrite: bool) -> list[str]:
-    _save_pretrained(folder / ADAPTER, backbone, overwrite)
+def _save_lora(temporary: Path, folder: Path, backbone: Any, batch: Batch) -> list[str]:
+    backbone.save_pretrained(temporary / ADAPTER)
     return [
         f'peft.PeftModel.from_pretrained(model, "{folder / ADAPTER}"), '
         f'or neat_kernels.from_lora("{folder / ADAPTER}", model)'
     ]
 
 
-def _save_full(folder: Path, backbone: Any, batch: Batch, overwrite: bool) -> list[str]:
-    _save_pretrained(folder / MODEL, backbone, overwrite)
+def _save_full(temporary: Path, folder: Path, backbone: Any, batch: Batch) -> list[str]:
+    backbone.save_pretrained(temporary / MODEL)
     return [f'transformers.AutoModel.from_pretrained("{folder / MODEL}")']
 
 
-def _save_probe(folder: Path, backbone: Any, batch: Batch, overwrite: bool) -> list[str]:
+def _save_probe(temporary: Path, folder: Path, backbone: Any, batch: Batch) -> list[str]:
     return []
 
 
 _SAVE = {"neat": _save_neat, "lora": _save_lora, "full": _save_full, "probe": _save_probe}
-
-
-def _save_pretrained(folder: Path, model: Any, overwrite: bool) -> None:
-    there = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-    check_destination(folder, overwrite, there)
-    with whole_folder(folder) as temporary:
-        model.save_pretrained(temporary)
-
-
-def _replace(path: Path, write: Any) -> None:
-    temporary = path.with_name(f".{path.name}.writing")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read_task(folder: Path) -> tuple[Task, str]:
@@ -179,8 +179,13 @@ def _read_task(folder: Path) -> tuple[Task, str]:
         facts = json.loads((folder / CLASSIFIER).read_text(encoding="utf-8"))
         if facts["format"] != FORMAT or facts["method"] not in _SAVE:
             raise ValueError(f"format {facts['format']!r} of method {facts['method']!r}")
-        return Task(facts["model"], tuple(facts["labels"]), int(facts["max_length"])), facts["method"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        task = Task(facts["model"], tuple(facts["labels"]), facts["max_length"])
+        names = [*task.labels, *(() if task.model is None else (task.model,))]
+        if not isinstance(facts["labels"], list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"labels {facts['labels']!r} of model {task.model!r}")
+        check_int("max_length", task.max_length, 1)
+        return task, facts["method"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"{folder}: expected a whole classifier with a {CLASSIFIER}, got {error!r}") from error
 
 
@@ -188,7 +193,9 @@ def _load_backbone(folder: Path, method: str, pretrained: Pretrained) -> nn.Modu
     if method == "full":
         from transformers import AutoModel
 
-        return AutoModel.from_pretrained(folder / MODEL, dtype=torch.float32, local_files_only=True)
+        return AutoModel.from_pretrained(
+            folder / MODEL, dtype=torch.float32, local_files_only=True, use_safetensors=True
+        )
     backbone = pretrained.load(torch.float32)
     if method == "neat":
         load_adapter(backbone, folder / ADAPTER)
