@@ -81,6 +81,7 @@ CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
     },
     "down dropout fp32": {
         "default": {32: Config(32, 64, 64, 4, 3), 64: Config(32, 32, 32, 4, 2), 128: Config(32, 32, 32, 4, 1)},
+        "sm_90": {32: Config(32, 64, 64, 4, 3), 64: Config(32, 32, 64, 4, 1), 128: Config(32, 32, 32, 4, 1)},
         "sm_100": {32: Config(32, 64, 64, 4, 3), 64: Config(32, 32, 64, 4, 1), 128: Config(32, 32, 32, 4, 1)},
         "gfx942": {32: Config(32, 64, 64, 4, 2), 128: Config(32, 32, 64, 4, 1)},
     },
@@ -193,7 +194,7 @@ CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
     # S of a small batch in shares, masked or not.
     "small_down": {
         "default": {128: Config(32, 0, 64, 4, 2)},
-        "gfx942": {32: Config(32, 0, 64, 4, 2), 128: Config(32, 0, 64, 4, 1)},
+        "gfx942": {16: Config(32, 0, 64, 4, 2), 128: Config(32, 0, 64, 4, 1)},
     },
     "small_down fp32": {
         "default": {128: Config(16, 0, 64, 4, 2)},
