@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import math
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -44,11 +44,8 @@ def check_scaling(value: float) -> None:
     """Raise unless `value` is a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"scaling must be a float, got {type(value).__name__}")
-    try:
-        finite = math.isfinite(value)
-    except OverflowError:
-        finite = False
-    if not finite:
+    # Comparisons, which a compiler traces; math.isfinite it does not. NaN is in no range.
+    if not -sys.float_info.max <= value <= sys.float_info.max:
         raise ValueError(f"scaling must be finite, got {str(value)[:40]}")
 
 
