@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
@@ -35,6 +36,11 @@ class LayerOptions:
     dropout: float
     compute_dtype: torch.dtype | None
     backend: str
+
+    @classmethod
+    def of(cls, holder: object, **changes: Any) -> LayerOptions:
+        """The options that a layer or a configuration has as attributes, with changes."""
+        return cls(**{**{f.name: getattr(holder, f.name) for f in fields(cls)}, **changes})
 
     def __post_init__(self) -> None:
         check_int("r", self.r, 1)

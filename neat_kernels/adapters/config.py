@@ -94,16 +94,7 @@ class NeatConfig:
 
     def layer_options(self, r: int) -> LayerOptions:
         """The options of a layer of rank r."""
-        return LayerOptions(
-            r=r,
-            orientation=self.orientation,
-            depth=self.depth,
-            activation=self.activation,
-            scaling=self.scaling,
-            dropout=self.dropout,
-            compute_dtype=self.compute_dtype,
-            backend=self.backend,
-        )
+        return LayerOptions.of(self, r=r)
 
 
 def _check_names(field_name: str, value: Collection[str] | str | None) -> None:

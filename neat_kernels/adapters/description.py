@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from neat_kernels.adapters.errors import AdapterError
-from neat_kernels.adapters.names import ACT_FN, ACTIVATION, NEAT, PEANUT, naming
+from neat_kernels.adapters.names import ACT_FN, ACTIVATION, NEAT, PEANUT, by_pattern, naming
 from neat_kernels.options import LayerOptions
 from neat_kernels.vocabulary import nearest
 
@@ -136,11 +136,8 @@ class Config:
 
     def options(self, name: str) -> LayerOptions:
         """The options of the layer of that full name."""
-        common = self.common
-        for pattern, r in (self.values.get("rank_pattern") or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", name):
-                common = replace(common, r=r)
-                break
+        found = by_pattern(self.values.get("rank_pattern") or {}, name)
+        common = self.common if found is None else replace(self.common, r=found[1])
         own = (self.values.get("layer_options") or {}).get(name, {})
         return replace(common, **_from_plain(own))
 

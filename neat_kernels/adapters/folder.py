@@ -56,7 +56,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     try:
         yield temporary
         # mkdtemp makes a folder that only its owner enters.
-        temporary.chmod(0o777 & ~_umask())
+        temporary.chmod(0o777 & ~umask())
         for path in temporary.rglob("*"):
             _flush(path)
         _flush(temporary)
@@ -104,7 +104,8 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The permissions that a new file of this process does not get."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -84,7 +84,7 @@ def take_inventory(model: nn.Module, *, lora: bool = False) -> Inventory:
     _check_layers(layers, saved)
     trained = _trained(model, layers, saved)
     description = Description(
-        layers={name: layer_options(layer) for name, layer in layers.items() if isinstance(layer, FusedNeatLinear)},
+        layers={name: LayerOptions.of(layer) for name, layer in layers.items() if isinstance(layer, FusedNeatLinear)},
         modules_to_save=tuple(saved),
         trained_parameters=tuple(trained),
         base=_base(model),
@@ -93,20 +93,6 @@ def take_inventory(model: nn.Module, *, lora: bool = False) -> Inventory:
         unsupported=tuple(_unsupported(modules, layers, saved, model)),
     )
     return Inventory(layers, saved, trained, description, tuple(modules))
-
-
-def layer_options(layer: FusedNeatLinear) -> LayerOptions:
-    """The options that the layer was made with."""
-    return LayerOptions(
-        r=layer.r,
-        orientation=layer.orientation,
-        depth=layer.depth,
-        activation=layer.activation,
-        scaling=layer.scaling,
-        dropout=layer.dropout,
-        compute_dtype=layer.compute_dtype,
-        backend=layer.backend,
-    )
 
 
 def owners(model: nn.Module) -> dict[int, list[str]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from neat_kernels.adapters.base_check import warn_of_other_base
 from neat_kernels.adapters.description import Config, checked_config, read_config
 from neat_kernels.adapters.errors import AdapterError
-from neat_kernels.adapters.inventory import layer_options, take_inventory
+from neat_kernels.adapters.inventory import take_inventory
 from neat_kernels.adapters.match import check_adaptable
 from neat_kernels.adapters.names import (
     PARAMETER_PREFIX,
@@ -29,6 +28,7 @@ from neat_kernels.adapters.weights import Weights
 from neat_kernels.base_layer import adapter_dtype, as_matrix, is_conv1d
 from neat_kernels.layer import FusedNeatLinear
 from neat_kernels.lora_layer import FusedLoraLinear
+from neat_kernels.options import LayerOptions
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -91,7 +91,7 @@ def _check_against_model(
         raise AdapterError(f"expected Neat layers only where the adapter has them, got one at {surplus[0]!r} too")
     for name in adapted:
         layer = there[name]
-        have, want = replace(layer_options(layer), backend="auto"), parts.layers[name]
+        have, want = LayerOptions.of(layer, backend="auto"), parts.layers[name]
         if have != want:
             raise AdapterError(f"{name}: expected the options of the adapter, {want}; the layer has {have}")
         if layer.merged:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,14 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from neat_kernels._version import __version__
-from neat_kernels.adapters.card import model_card
-from neat_kernels.adapters.description import CARD_FILE, CONFIG_FILE, FILES, WEIGHTS_FILE
+from neat_kernels.adapters.description import FILES
 from neat_kernels.adapters.errors import AdapterError
-from neat_kernels.adapters.folder import check_destination, whole_folder
+from neat_kernels.adapters.folder import check_destination
 from neat_kernels.adapters.inventory import Inventory, Layer, copied, take_inventory
 from neat_kernels.adapters.names import LORA, PREFIX, naming
-from neat_kernels.adapters.save import METADATA, write_json, write_tensors
+from neat_kernels.adapters.save import write_adapter
 from neat_kernels.base_layer import as_matrix
 from neat_kernels.vocabulary import check_int
 
@@ -97,12 +94,7 @@ def export_lora(
     for name, (lora_A, lora_B) in factors.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = lora_A
         tensors[f"{PREFIX}{name}.lora_B.weight"] = lora_B
-    config = _config(inventory, r)
-    metadata = {"version": __version__, "base": inventory.fingerprints()}
-    with whole_folder(destination) as temporary:
-        write_json(temporary / CONFIG_FILE, config)
-        write_tensors(temporary / WEIGHTS_FILE, tensors, {METADATA: json.dumps(metadata)})
-        (temporary / CARD_FILE).write_text(model_card(config), encoding="utf-8")
+    write_adapter(destination, _config(inventory, r), tensors, inventory)
     parameters = sum(t.numel() for t in tensors.values())
     return ExportedLora(destination, r, len(factors), parameters, difference, largest)
 

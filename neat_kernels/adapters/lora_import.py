@@ -16,7 +16,7 @@ from neat_kernels.adapters.base_model import load_base
 from neat_kernels.adapters.description import ABOUT, CONFIG_FILE, SELECTION, check_known, check_names, read_config
 from neat_kernels.adapters.errors import AdapterError
 from neat_kernels.adapters.match import check_adaptable
-from neat_kernels.adapters.names import ADAPTED, LORA, named_modules, unwrapped
+from neat_kernels.adapters.names import ADAPTED, LORA, by_pattern, named_modules, unwrapped
 from neat_kernels.adapters.parts import Parts, find_parts, insert_missing, other_tensors
 from neat_kernels.adapters.save import METADATA
 from neat_kernels.adapters.weights import Weights
@@ -138,10 +138,8 @@ def _options(values: Mapping[str, Any], name: str, compute_dtype: torch.dtype | 
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default
+    found = by_pattern(patterns or {}, name)
+    return default if found is None else found[1]
 
 
 def _tensors(parts: Parts, modules: Mapping[str, nn.Module]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

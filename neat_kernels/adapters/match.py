@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from neat_kernels.adapters.config import NeatConfig
-from neat_kernels.adapters.names import matches
+from neat_kernels.adapters.names import by_pattern, matches
 from neat_kernels.base_layer import checked_weight, is_conv1d
 from neat_kernels.layer import FusedNeatLinear
 from neat_kernels.options import LayerOptions
@@ -135,11 +135,10 @@ def _layer_index(name: str, pattern: str) -> int | None:
 
 
 def _rank(name: str, config: NeatConfig, used: set[str]) -> int:
-    for pattern, r in config.rank_pattern.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            used.add(pattern)
-            return r
-    return config.r
+    if (found := by_pattern(config.rank_pattern, name)) is None:
+        return config.r
+    used.add(found[0])
+    return found[1]
 
 
 def _check_entries_used(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -79,6 +80,11 @@ def parameter_shapes(r: int, columns: int, depth: int) -> dict[str, tuple[int, i
 def matches(entries: Iterable[str], name: str) -> bool:
     """Whether a name or its end after a dot is among the entries, as PEFT matches lists."""
     return any(name == entry or name.endswith(f".{entry}") for entry in entries)
+
+
+def by_pattern(patterns: Mapping[str, Any], name: str) -> tuple[str, Any] | None:
+    """The first pattern that matches a whole name or its end after a dot, with its value, as PEFT matches patterns."""
+    return next((item for item in patterns.items() if re.match(rf"(.*\.)?({item[0]})$", name)), None)
 
 
 def naming(chosen: Collection[str], every: Iterable[str]) -> list[str] | str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -76,12 +78,34 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, overwrite:
         sum(t.numel() for t in tensors.values()),
         tuple(inventory.description.reasons_against_peanut()),
     )
+    write_adapter(destination, config, tensors, inventory, saved.reasons)
+    return saved
+
+
+def write_adapter(
+    folder: Path,
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
+    inventory: Inventory,
+    reasons: Sequence[str] = (),
+) -> None:
+    """The three files of an adapter, whole or not at all.
+
+    Args:
+        folder: checked by `check_destination`.
+        config: adapter_config.json.
+        tensors: by their names in the file.
+        inventory: what they were taken from, whose base weights are hashed.
+        reasons: why PEFT cannot load it.
+
+    Raises:
+        OSError: they cannot be written.
+    """
     metadata = {"version": __version__, "base": inventory.fingerprints()}
-    with whole_folder(destination) as temporary:
+    with whole_folder(folder) as temporary:
         write_json(temporary / CONFIG_FILE, config)
         write_tensors(temporary / WEIGHTS_FILE, tensors, {METADATA: json.dumps(metadata)})
-        (temporary / CARD_FILE).write_text(model_card(config, saved.reasons), encoding="utf-8")
-    return saved
+        (temporary / CARD_FILE).write_text(model_card(config, reasons), encoding="utf-8")
 
 
 def write_json(path: Path, values: object) -> None:

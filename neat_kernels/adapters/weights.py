@@ -88,9 +88,11 @@ class Weights:
         value = self._file.get_tensor(PREFIX + name)
         if _kind(value.dtype) != _kind(dtype):
             raise AdapterError(f"{self.path}: expected {name} to be convertible to {dtype}, got {value.dtype}")
-        value = value.to(dtype)
+        return self._finite(name, value.to(dtype))
+
+    def _finite(self, name: str, value: Tensor) -> Tensor:
         if value.is_floating_point() and not value.isfinite().all():
-            raise AdapterError(f"{self.path}: expected finite values of {dtype} in {name}, got NaN or infinity")
+            raise AdapterError(f"{self.path}: expected finite values of {value.dtype} in {name}, got NaN or infinity")
         return value
 
     def read_any(self, name: str) -> Tensor:
@@ -99,10 +101,10 @@ class Weights:
         Raises:
             AdapterError: values are not finite.
         """
-        dtype = self._file.get_tensor(PREFIX + name).dtype
-        if _kind(dtype) not in ("floating", "integer", "bool"):
-            raise AdapterError(f"{self.path}: expected real values in {name!r}, got {dtype}")
-        return self.read(name, dtype).double()
+        value = self._file.get_tensor(PREFIX + name)
+        if _kind(value.dtype) not in ("floating", "integer", "bool"):
+            raise AdapterError(f"{self.path}: expected real values in {name!r}, got {value.dtype}")
+        return self._finite(name, value).double()
 
     def own_metadata(self, key: str) -> dict[str, Any]:
         """The JSON object under a key of the metadata; empty where there is none.
