@@ -14,7 +14,6 @@ from neat_kernels.adapters.base_check import warn_of_other_base
 from neat_kernels.adapters.description import Config, checked_config, read_config
 from neat_kernels.adapters.errors import AdapterError
 from neat_kernels.adapters.inventory import take_inventory
-from neat_kernels.adapters.match import check_adaptable
 from neat_kernels.adapters.names import (
     PARAMETER_PREFIX,
     layer_parameters,
@@ -22,10 +21,9 @@ from neat_kernels.adapters.names import (
     parameter_shapes,
     unwrapped,
 )
-from neat_kernels.adapters.parts import Parts, find_parts, insert_missing, other_tensors
+from neat_kernels.adapters.parts import Parts, described, find_parts, insert_missing, other_tensors, sizes
 from neat_kernels.adapters.save import METADATA
 from neat_kernels.adapters.weights import Weights
-from neat_kernels.base_layer import adapter_dtype, as_matrix, is_conv1d
 from neat_kernels.layer import FusedNeatLinear
 from neat_kernels.lora_layer import FusedLoraLinear
 from neat_kernels.options import LayerOptions
@@ -61,9 +59,7 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], *, check_base: bo
         parts = find_parts(config.values, config.options, weights, f".{prefix}A.weight", root)
         _check_against_model(config, parts, root, modules, path)
         others = other_tensors(parts, root)
-        expected = {**_adapter_tensors(parts, modules, prefix), **{n: (t.shape, t.dtype) for n, t in others.items()}}
-        weights.check_keys({name: tuple(shape) for name, (shape, _) in expected.items()})
-        values = {name: weights.read(name, dtype) for name, (_, dtype) in expected.items()}
+        values = weights.read_all({**_adapter_tensors(parts, modules, prefix), **described(others)})
         known = weights.own_metadata(METADATA)
     if check_base:
         warn_of_other_base(known, parts, modules, path)
@@ -116,13 +112,7 @@ def _adapter_tensors(
     """Shape and dtype of each parameter that the adapters have or will have."""
     tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for name, options in parts.layers.items():
-        module = modules[name]
-        if isinstance(module, FusedNeatLinear):
-            N, K, dtype = module.out_features, module.in_features, module.neat_A.dtype
-        else:
-            check_adaptable(name, module, modules.get(name.rpartition(".")[0], module))
-            weight = module.get_parameter("weight")
-            (N, K), dtype = as_matrix(weight, is_conv1d(module)).shape, adapter_dtype(weight.dtype)
+        N, K, dtype = sizes(name, modules)
         own = parameter_shapes(options.r, N if options.orientation == "out" else K, options.depth)
         tensors.update({f"{name}.{prefix}{suffix}": (shape, dtype) for suffix, shape in own.items()})
     return tensors

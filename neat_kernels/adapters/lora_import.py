@@ -15,12 +15,10 @@ from neat_kernels.adapters.base_check import warn_of_other_base
 from neat_kernels.adapters.base_model import load_base
 from neat_kernels.adapters.description import ABOUT, CONFIG_FILE, SELECTION, check_known, check_names, read_config
 from neat_kernels.adapters.errors import AdapterError
-from neat_kernels.adapters.match import check_adaptable
 from neat_kernels.adapters.names import ADAPTED, LORA, by_pattern, named_modules, unwrapped
-from neat_kernels.adapters.parts import Parts, find_parts, insert_missing, other_tensors
+from neat_kernels.adapters.parts import Parts, described, find_parts, insert_missing, other_tensors, sizes
 from neat_kernels.adapters.save import METADATA
 from neat_kernels.adapters.weights import Weights
-from neat_kernels.base_layer import adapter_dtype, as_matrix, is_conv1d
 from neat_kernels.lora_layer import FusedLoraLinear
 from neat_kernels.options import LayerOptions
 from neat_kernels.vocabulary import BACKENDS, check_choice, check_compute_dtype
@@ -82,9 +80,7 @@ def from_lora(
     with Weights(path) as weights:
         parts = find_parts(values, options, weights, ".lora_A.weight", root)
         others = other_tensors(parts, root)
-        expected = {**_tensors(parts, modules), **{name: (t.shape, t.dtype) for name, t in others.items()}}
-        weights.check_keys({name: tuple(shape) for name, (shape, _) in expected.items()})
-        read = {name: weights.read(name, dtype) for name, (_, dtype) in expected.items()}
+        read = weights.read_all({**_tensors(parts, modules), **described(others)})
         metadata = weights.own_metadata(METADATA)
     if check_base:
         warn_of_other_base(metadata, parts, modules, path)
@@ -145,9 +141,7 @@ def _by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> 
 def _tensors(parts: Parts, modules: Mapping[str, nn.Module]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for name, options in parts.layers.items():
-        check_adaptable(name, modules[name], modules.get(name.rpartition(".")[0], modules[name]))
-        weight = modules[name].get_parameter("weight")
-        (N, K), dtype = as_matrix(weight, is_conv1d(modules[name])).shape, adapter_dtype(weight.dtype)
+        N, K, dtype = sizes(name, modules)
         tensors[f"{name}.lora_A.weight"] = (options.r, K), dtype
         tensors[f"{name}.lora_B.weight"] = (N, options.r), dtype
     return tensors

@@ -7,17 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from neat_kernels.adapters.config import NeatConfig
 from neat_kernels.adapters.description import SELECTION
 from neat_kernels.adapters.errors import AdapterError
 from neat_kernels.adapters.fingerprint import check_plain
-from neat_kernels.adapters.match import Target, is_target
+from neat_kernels.adapters.match import Target, check_adaptable, is_target
 from neat_kernels.adapters.names import ADAPTED, NEAT, clean, is_wrapped, matches, named_modules
 from neat_kernels.adapters.swap import Adapt, insert
 from neat_kernels.adapters.weights import Weights
-from neat_kernels.base_layer import is_conv1d
+from neat_kernels.base_layer import adapter_dtype, as_matrix, is_conv1d
+from neat_kernels.layer import FusedNeatLinear
 from neat_kernels.options import LayerOptions
 
 
@@ -115,6 +117,27 @@ def _selected(values: Mapping[str, Any], root: nn.Module, modules: Mapping[str, 
             seen.add(id(module))
             chosen.add(name)
     return chosen
+
+
+def sizes(name: str, modules: Mapping[str, nn.Module]) -> tuple[int, int, torch.dtype]:
+    """N and K of a layer, and the dtype that its adapter has or will have.
+
+    Raises:
+        ValueError: the layer cannot be adapted.
+        TypeError: it is no linear layer.
+    """
+    module = modules[name]
+    if isinstance(module, FusedNeatLinear):
+        return module.out_features, module.in_features, module.neat_A.dtype
+    check_adaptable(name, module, modules.get(name.rpartition(".")[0], module))
+    weight = module.get_parameter("weight")
+    N, K = as_matrix(weight, is_conv1d(module)).shape
+    return N, K, adapter_dtype(weight.dtype)
+
+
+def described(tensors: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each."""
+    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
 
 def other_tensors(parts: Parts, root: nn.Module) -> dict[str, Tensor]:

@@ -78,6 +78,15 @@ class Weights:
                 f"got {'; '.join(problems[:5])}{rest}"
             )
 
+    def read_all(self, expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Tensor]:
+        """The values of every tensor, in the dtypes that are expected of them.
+
+        Raises:
+            AdapterError: the file has not exactly these names with these shapes, or as in `read`.
+        """
+        self.check_keys({name: shape for name, (shape, _) in expected.items()})
+        return {name: self.read(name, dtype) for name, (_, dtype) in expected.items()}
+
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """The values of one tensor in a dtype.
 
