@@ -243,10 +243,18 @@ def wait_for(path, process):
     raise AssertionError(f"{path} did not appear")
 
 
-def test_the_second_interrupt_interrupts():
-    with pytest.raises(KeyboardInterrupt), first_interrupt_waits() as stopped:
-        assert not stopped()
-        signal.raise_signal(signal.SIGINT)
-        assert stopped()
-        signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+def test_the_second_interrupt_interrupts_and_the_handler_from_before_is_put_back():
+    def own(number, frame):
+        raise AssertionError("not this one")
+
+    # A job in the background of a shell begins with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, own)
+    try:
+        with pytest.raises(KeyboardInterrupt), first_interrupt_waits() as stopped:
+            assert not stopped()
+            signal.raise_signal(signal.SIGINT)
+            assert stopped()
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is own
+    finally:
+        signal.signal(signal.SIGINT, before)
