@@ -109,7 +109,7 @@ def test_a_state_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypa
     def full(*arguments):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("neat_kernels.adapters.save.write_tensors", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         write_state(path, {"x": torch.zeros(2)}, {})
     assert torch.equal(read_state(path)[0]["x"], torch.ones(2))

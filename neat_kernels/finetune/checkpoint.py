@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from neat_kernels.finetune.files import write_atomically
 from neat_kernels.finetune.settings import UsageError
 
 FORMAT = "1"
@@ -25,16 +26,11 @@ def write_state(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -
     Raises:
         OSError: it cannot be written; an earlier file is still there.
     """
-    from neat_kernels.adapters.save import write_tensors
+    from safetensors.torch import save
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.writing")
-    try:
-        copies = {name: value.detach().cpu().clone() for name, value in tensors.items()}
-        write_tensors(temporary, copies, {"state": json.dumps(facts), "version": FORMAT})
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    copies = {name: value.detach().cpu().clone() for name, value in tensors.items()}
+    write_atomically(path, save(copies, {"state": json.dumps(facts), "version": FORMAT}))
 
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
