@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -100,6 +101,36 @@ def _peft_lora_half(problem: Problem) -> Layer:
     return _stock_lora(problem, autocast_adapter_dtype=False)
 
 
+@_contender("neat_lora", "neat-kernels run as LoRA", "lora", {"neat_kernels": ("FusedLoraLinear",)})
+def _neat_lora(problem: Problem) -> Layer:
+    import neat_kernels as nk
+
+    layer = nk.FusedLoraLinear(_linear(problem), r=problem.shape.r)
+    return _with_adapter(layer, problem, "lora", layer.lora_A, layer.lora_B)
+
+
+@_contender("lora_by_hand", "LoRA by hand", "lora")
+def _lora_by_hand(problem: Problem) -> Layer:
+    linear = _linear(problem)
+    A, B = _parameters(problem, "lora")
+
+    def forward(x: Tensor) -> Tensor:
+        y: Tensor = _LoraByHand.apply(x, linear.weight, linear.bias, A, B)  # type: ignore[no-untyped-call]
+        return y
+
+    return Layer(forward, {"dA": A, "dB": B})
+
+
+@_contender("formula", "formula, eager", "neat")
+def _formula(problem: Problem) -> Layer:
+    return _by_formula(problem, _neat_formula)
+
+
+@_contender("formula_compiled", "formula, torch.compile", "neat")
+def _formula_compiled(problem: Problem) -> Layer:
+    return _by_formula(problem, _compiled_formula())
+
+
 @_contender("peft_peanut", "PEFT PEANuT", "neat", {"peft": ("PeanutConfig",)})
 def _peft_peanut(problem: Problem) -> Layer:
     import peft
@@ -159,3 +190,41 @@ def _linear(problem: Problem) -> nn.Linear:
     linear.weight = nn.Parameter(problem.weight.clone(), requires_grad=False)
     linear.bias = nn.Parameter(problem.bias.clone(), requires_grad=False)
     return linear
+
+
+def _neat_formula(x: Tensor, weight: Tensor, bias: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    return nn.functional.linear(x, weight + B @ torch.relu(A @ weight), bias)
+
+
+@functools.cache
+def _compiled_formula() -> Callable[..., Tensor]:
+    return torch.compile(_neat_formula, fullgraph=True, dynamic=False)
+
+
+def _by_formula(problem: Problem, formula: Callable[..., Tensor]) -> Layer:
+    linear = _linear(problem)
+    A, B = _parameters(problem, "neat")
+    return Layer(lambda x: formula(x, linear.weight, linear.bias, A, B), {"dA": A, "dB": B})
+
+
+def _parameters(problem: Problem, update: Update) -> tuple[nn.Parameter, nn.Parameter]:
+    """A and B in the problem's own dtype."""
+    A, B = (nn.Parameter(t.to(problem.dtype)) for t in problem.adapters[update])
+    return A, B
+
+
+class _LoraByHand(torch.autograd.Function):
+    """LoRA as fine-tuning libraries write it by hand: products accumulated in place, x·Aᵀ made again in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, A, B)
+        return torch.addmm(bias, x, weight.t()).addmm_(x @ A.t(), B.t())
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, A, B = ctx.saved_tensors
+        dS = dy @ B
+        dA = dS.t() @ x
+        dB = dy.t() @ (x @ A.t())
+        return (dy @ weight).addmm_(dS, A), None, None, dA, dB

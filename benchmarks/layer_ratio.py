@@ -3,7 +3,8 @@
     python -m benchmarks.layer_ratio --output layer_ratio.json
 
 Within a process the contenders take turns, and a process's ratio is the median time over the frozen linear's median
-in that same process. The figure printed is the median over the processes, with the lowest and the highest.
+in that same process. The figure printed is the median over the processes, with the lowest and the highest. On a GPU
+the same follows under CUDA graphs, without the host's part, with the peak of what one pass allocates.
 """
 
 from __future__ import annotations
@@ -104,10 +105,22 @@ def _fresh_processes(case: dict[str, Any], processes: int, deadline: float) -> l
 
 
 def _summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    summary = _times(runs, "samples_ms")
+    graphs = _times(runs, "graph_samples_ms")
+    if graphs["ms"]:
+        summary["graphs"] = graphs
+        summary["peak_bytes"] = {
+            name: max(run["contenders"][name]["peak_bytes"] for run in runs) for name in summary["ms"]
+        }
+    return summary
+
+
+def _times(runs: list[dict[str, Any]], samples: str) -> dict[str, Any]:
+    """Medians and ratios of what every run has samples of."""
     medians = {
-        name: [statistics.median(run["contenders"][name]["samples_ms"]) for run in runs]
+        name: [statistics.median(run["contenders"][name][samples]) for run in runs]
         for name in runs[0]["contenders"]
-        if all(run["contenders"][name]["status"] == "timed" for run in runs)
+        if all(samples in run["contenders"][name] for run in runs)
     }
     pairs = [(name, _BASELINE) for name in medians] + list(_COMPARED)
     return {
@@ -132,20 +145,30 @@ def _print_case(case: dict[str, Any], runs: list[dict[str, Any]], summary: dict[
     tokens, in_features, out_features, r = case["shape"].split("x")
     print(f"\nM={tokens}, {in_features}->{out_features}, r={r}, {case['dtype']}, {case['device']}, ", end="")
     print(f"forward + backward, {len(runs)} fresh processes, each result held to {runs[0]['tolerance']:.1e} of float64")
+    _print_times(case, runs, "samples_ms", summary)
+    if "graphs" in summary:
+        print("under CUDA graphs")
+        _print_times(case, runs, "graph_samples_ms", summary["graphs"])
+        peaks = (f"{CONTENDERS[name].label} {count / 2**20:.1f}" for name, count in summary["peak_bytes"].items())
+        print(f"peak of a pass, MiB: {', '.join(peaks)}", flush=True)
+
+
+def _print_times(case: dict[str, Any], runs: list[dict[str, Any]], samples: str, times: dict[str, Any]) -> None:
     print(f"{'':30}{'adapter':>10}{'ms':>10}  {'/ frozen':>8}{'min .. max':>16}{'samples':>9}")
     for name in case["contenders"]:
         entries = [run["contenders"][name] for run in runs]
-        failed = next((entry for entry in entries if entry["status"] != "timed"), None)
+        failed = next((entry for entry in entries if samples not in entry), None)
         if failed is not None:
-            print(f"{CONTENDERS[name].label:30}{failed['status']}, not timed: {failed['reason']}")
+            reason = failed.get("no_graph") if failed["status"] == "timed" else failed["reason"]
+            print(f"{CONTENDERS[name].label:30}{failed['status']}, no times here: {reason}")
             continue
-        ratio = summary["ratios"][f"{name}/{_BASELINE}"]
-        counts = sum(len(entry["samples_ms"]) for entry in entries)
+        ratio = times["ratios"][f"{name}/{_BASELINE}"]
+        counts = sum(len(entry[samples]) for entry in entries)
         spread = f"{ratio['min']:.2f} .. {ratio['max']:.2f}"
-        print(f"{CONTENDERS[name].label:30}{entries[0]['adapter_dtype'] or '-':>10}{summary['ms'][name]:10.3f}", end="")
+        print(f"{CONTENDERS[name].label:30}{entries[0]['adapter_dtype'] or '-':>10}{times['ms'][name]:10.3f}", end="")
         print(f"  {ratio['median']:8.2f}{spread:>16}{counts:9}")
     for one, other in _COMPARED:
-        ratio = summary["ratios"].get(f"{one}/{other}")
+        ratio = times["ratios"].get(f"{one}/{other}")
         if ratio is not None:
             labels = f"{CONTENDERS[one].label} / {CONTENDERS[other].label}"
             print(f"{labels:52}{ratio['median']:8.2f}  {ratio['min']:.2f} .. {ratio['max']:.2f}", flush=True)

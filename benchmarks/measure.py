@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -65,37 +65,72 @@ def weight_copies(problem: Problem) -> int:
 
 def sample_ms(layers: Sequence[Layer], problem: Problem) -> float:
     """Milliseconds of one forward and backward, the mean over one pass through `layers`."""
-    if problem.weight.device.type != "cuda":
-        start = time.perf_counter()
+
+    def one_pass() -> None:
         for layer in layers:
             run(layer, problem)
-        return (time.perf_counter() - start) * 1e3 / len(layers)
+
+    return _pass_ms(one_pass, problem) / len(layers)
+
+
+def graphed(layers: Sequence[Layer], problem: Problem) -> Callable[[], float]:
+    """What `sample_ms` gives, of a pass that a CUDA graph replays, without the host's part of it."""
+    stream = torch.cuda.Stream(problem.x.device)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for layer in layers:
+            run(layer, problem)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for layer in layers:
+            run(layer, problem)
+    graph.replay()
+    return lambda: _pass_ms(graph.replay, problem) / len(layers)
+
+
+def _pass_ms(one_pass: Callable[[], None], problem: Problem) -> float:
+    if problem.weight.device.type != "cuda":
+        start = time.perf_counter()
+        one_pass()
+        return (time.perf_counter() - start) * 1e3
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
-    for layer in layers:
-        run(layer, problem)
+    one_pass()
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end) / len(layers)
+    return begin.elapsed_time(end)
+
+
+def peak_bytes(layer: Layer, problem: Problem) -> int:
+    """The most that one forward and backward of a warm layer has allocated at a time on a GPU, y and gradients too."""
+    problem.x.grad = None
+    for parameter in layer.trainable.values():
+        parameter.grad = None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run(layer, problem)
+    return torch.cuda.max_memory_allocated() - before
 
 
 def interleaved_samples(
-    built: Mapping[str, Sequence[Layer]], problem: Problem, seconds: float, at_most: int = 50
+    samplers: Mapping[str, Callable[[], float]], passes: Mapping[str, int], seconds: float, at_most: int = 50
 ) -> dict[str, list[float]]:
     """Time contenders in turn, so that a change in the machine's speed meets all of them.
 
     Args:
-        built: each contender's layers.
-        problem: the inputs.
+        samplers: each contender's, which take a sample in ms.
+        passes: how many times the sample a contender's turn takes.
         seconds: after this much time a contender takes no further turn; everyone gets one.
         at_most: turns each.
 
     Returns:
         The samples of each contender in ms.
     """
-    samples: dict[str, list[float]] = {name: [] for name in built}
+    samples: dict[str, list[float]] = {name: [] for name in samplers}
     for _ in range(at_most):
-        for name, layers in built.items():
-            if not samples[name] or sum(samples[name]) * len(layers) < seconds * 1e3:
-                samples[name].append(sample_ms(layers, problem))
+        for name, sample in samplers.items():
+            if not samples[name] or sum(samples[name]) * passes[name] < seconds * 1e3:
+                samples[name].append(sample())
     return samples

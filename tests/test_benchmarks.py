@@ -44,18 +44,16 @@ def test_a_wrong_contender_is_refused(fault, dtype):
 
 
 def test_contenders_take_turns_until_their_time_is_spent():
-    problem = make_problem(SHAPE, torch.float32, torch.device("cpu"))
     calls = []
 
-    def layer(name):
-        linear = CONTENDERS["frozen"].build(problem).forward
-        return Layer(lambda x: (calls.append(name), linear(x))[1])
+    def sampler(name):
+        return lambda: (calls.append(name), 10.0)[1]
 
-    built = {name: [layer(name)] for name in ("first", "second")}
-    samples = interleaved_samples(built, problem, seconds=1e9, at_most=3)
-    assert calls == ["first", "second"] * 3
-    assert {name: len(values) for name, values in samples.items()} == {"first": 3, "second": 3}
-    assert all(len(values) == 1 for values in interleaved_samples(built, problem, seconds=0.0).values())
+    samplers = {name: sampler(name) for name in ("first", "second")}
+    samples = interleaved_samples(samplers, {"first": 1, "second": 4}, seconds=0.04, at_most=3)
+    assert calls == ["first", "second", "first", "first"]
+    assert {name: len(values) for name, values in samples.items()} == {"first": 3, "second": 1}
+    assert all(len(values) == 1 for values in interleaved_samples(samplers, dict.fromkeys(samplers, 1), 0.0).values())
 
 
 def test_shapes_are_read_as_they_are_printed():
