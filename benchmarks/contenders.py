@@ -222,7 +222,7 @@ class _LoraByHand(torch.autograd.Function):
         return torch.addmm(bias, x, weight.t()).addmm_(x @ A.t(), B.t())
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, A, B = ctx.saved_tensors
         dS = dy @ B
         dA = dS.t() @ x

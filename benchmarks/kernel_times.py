@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.autograd.profiler_util import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.contenders import CONTENDERS
@@ -89,8 +88,8 @@ def _kernels(name: str, problem: Problem) -> list[dict[str, Any]]:
         torch.cuda.synchronize()
     launches: dict[str, list[float]] = defaultdict(list)
     for event in sorted(profiler.events(), key=lambda event: event.time_range.start):
-        if event.device_type == DeviceType.CUDA:
-            launches[event.name].append(event.device_time)
+        if event.device_type.name == "CUDA":
+            launches[event.name].append(event.time_range.elapsed_us())
     return [
         {"kernel": kernel, "launches": len(times) / _PASSES, "us": statistics.median(times)}
         for kernel, times in launches.items()
