@@ -115,7 +115,7 @@ def _lora_by_hand(problem: Problem) -> Layer:
     A, B = _parameters(problem, "lora")
 
     def forward(x: Tensor) -> Tensor:
-        y: Tensor = _LoraByHand.apply(x, linear.weight, linear.bias, A, B)  # type: ignore[no-untyped-call]
+        y: Tensor = _LoraByHand.apply(x, linear.weight, linear.bias, A, B)
         return y
 
     return Layer(forward, {"dA": A, "dB": B})
