@@ -12,10 +12,12 @@ import argparse
 import statistics
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.contenders import CONTENDERS
@@ -66,11 +68,15 @@ def _ceilings(device: torch.device) -> dict[str, float]:
     source = torch.empty(_COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     a, b, c = (torch.randn(_GEMM_SIZE, _GEMM_SIZE, device=device, dtype=torch.bfloat16) for _ in range(3))
-    copy = prepare(Timed(lambda i: (target.copy_(source),), 1, 1, device))
-    gemm = prepare(Timed(lambda i: (torch.mm(a, b, out=c),), 1, 1, device))
+
+    def seconds(call: Callable[[], Tensor]) -> float:
+        call()
+        sample = prepare(Timed(lambda i: (call(),), 1, 1, device))
+        return statistics.median(sample() for _ in range(_ROUNDS))
+
     return {
-        "copy bytes/s": 2 * _COPY_BYTES / statistics.median(copy() for _ in range(_ROUNDS)),
-        "bf16 GEMM FLOP/s": 2 * _GEMM_SIZE**3 / statistics.median(gemm() for _ in range(_ROUNDS)),
+        "copy bytes/s": 2 * _COPY_BYTES / seconds(lambda: target.copy_(source)),
+        "bf16 GEMM FLOP/s": 2 * _GEMM_SIZE**3 / seconds(lambda: torch.mm(a, b, out=c)),
     }
 
 

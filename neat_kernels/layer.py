@@ -361,15 +361,15 @@ class FusedNeatLinear(nn.Module):
         return as_matrix(self.weight, self.transposed)
 
     def _feature_parameters(self) -> tuple[Tensor, ...]:
-        return self.weight, self.neat_A, self.neat_B, *self.neat_encoders, *self.neat_decoders
+        return self.weight, self.neat_A, self.neat_B, *_items(self.neat_encoders), *_items(self.neat_decoders)
 
     def _features(self, weight: Tensor) -> Tensor:
         return functional.neat_features(weight, self.neat_A, **self._network(), backend=self.backend)
 
     def _network(self) -> dict[str, Any]:
         return {
-            "encoders": tuple(self.neat_encoders),
-            "decoders": tuple(self.neat_decoders),
+            "encoders": tuple(_items(self.neat_encoders)),
+            "decoders": tuple(_items(self.neat_decoders)),
             "orientation": self.orientation,
             "activation": self.activation,
         }
@@ -459,3 +459,8 @@ def _after_load(layer: nn.Module, incompatible_keys: Any) -> None:
 def neat_layers(model: nn.Module) -> Iterable[tuple[str, FusedNeatLinear]]:
     """Every Neat layer of `model` with its qualified name."""
     return ((name, m) for name, m in model.named_modules() if isinstance(m, FusedNeatLinear))
+
+
+def _items(parameters: nn.ParameterList) -> list[Tensor]:
+    # By index: torch 2.11 under Python 3.12 cannot trace an iteration over a ParameterList.
+    return [parameters[i] for i in range(len(parameters))]

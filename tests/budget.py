@@ -173,12 +173,19 @@ def branch_rounding(case: Case) -> dict[str, float]:
 
 
 def assert_within_budget(
-    fused: dict[str, Tensor], eager: dict[str, Tensor], case: Case, extra: dict[str, float] | None = None
+    fused: dict[str, Tensor],
+    eager: dict[str, Tensor],
+    case: Case,
+    extra: dict[str, float] | None = None,
+    unit: float | None = None,
 ) -> None:
-    """Compare every result of `fused` with float64, allowing what the budget (and a plan's extra rounding) allows."""
+    """Compare every result of `fused` with float64, allowing what the budget (and a plan's extra rounding) allows.
+
+    `unit` is the unit roundoff of products, where it is not the accumulator's.
+    """
     exact = evaluate(nk.reference.neat_linear, case.map(lambda t: t.double()), **_exact_options(case))
     allowed_sum = slack(case)
-    u = UNIT_ROUNDOFF[case.x.dtype]
+    u = unit or UNIT_ROUNDOFF[case.x.dtype]
     for name, value in fused.items():
         assert value.shape == exact[name].shape
         assert torch.isfinite(value).all(), name

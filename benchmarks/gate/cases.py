@@ -164,6 +164,11 @@ def _compute_words(launch: Launch) -> str:
     return "tf32" if compute is None else {"bf16": "bf16", "fp16": "f16", "fp32": "tf32"}[compute.name]
 
 
+def _narrow_words(launch: Launch, words: str, large: str) -> str:
+    """Of the product with a narrow operand: an fp32 one is taken apart where the large operand is bf16."""
+    return "bf16" if words == "tf32" and launch.tensors[large].dtype == torch.bfloat16 else words
+
+
 def _reads(*names: str) -> dict[str, int]:
     """16-byte accesses through these arguments, whose rows are aligned and contiguous in every case."""
     return dict.fromkeys(names, 16)
@@ -197,7 +202,8 @@ def _product(launch: Launch, words: str) -> tuple[tuple[str, ...], dict[str, int
 def _down(launch: Launch) -> Expectations:
     words = _words(launch, "s_ptr")
     mma, widths = _product(launch, words)
-    return Expectations(_both(_matrix(launch, words, launch.arguments["BLOCK_M"]), mma), {**_reads("x_ptr"), **widths})
+    narrow = _matrix(launch, _narrow_words(launch, words, "x_ptr"), launch.arguments["BLOCK_M"])
+    return Expectations(_both(narrow, mma), {**_reads("x_ptr"), **widths})
 
 
 def _finish(launch: Launch) -> Expectations:
@@ -205,14 +211,17 @@ def _finish(launch: Launch) -> Expectations:
 
 
 def _down_backward(launch: Launch) -> Expectations:
-    return Expectations(_matrix(launch, _words(launch, "ds_ptr"), launch.arguments["BLOCK_K"]), _reads("x_ptr"))
+    words = _narrow_words(launch, _words(launch, "ds_ptr"), "x_ptr")
+    return Expectations(_matrix(launch, words, launch.arguments["BLOCK_K"]), _reads("x_ptr"))
 
 
 def _up_backward(launch: Launch) -> Expectations:
-    """dS accumulates in BLOCK_M rows, dU in BLOCK_N."""
-    words = _compute_words(launch)
-    heights = (launch.arguments["BLOCK_M"], launch.arguments["BLOCK_N"])
-    return Expectations(_both(*(_matrix(launch, words, rows) for rows in heights)), _reads("dy_ptr"))
+    """dS accumulates in BLOCK_M rows, dU and, but for an fp32 dy, dbias in BLOCK_N."""
+    words, tall = _compute_words(launch), launch.arguments["BLOCK_N"]
+    meant = [_matrix(launch, words, rows) for rows in (launch.arguments["BLOCK_M"], tall)]
+    if "dbias_ptr" in launch.tensors and launch.tensors["dy_ptr"].dtype != torch.float32:
+        meant.append(_matrix(launch, _words(launch, "dy_ptr"), tall))
+    return Expectations(_both(*meant), _reads("dy_ptr"))
 
 
 def _both(*meant: tuple[str, ...]) -> tuple[str, ...]:
@@ -220,7 +229,15 @@ def _both(*meant: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _weight(launch: Launch) -> Expectations:
-    return Expectations(_matrix(launch, _compute_words(launch), launch.arguments["BLOCK_M"]), _reads("w_ptr"))
+    """With a chain, features that are whole after one piece go through it at once.
+
+    From 64 rows an fp16 W under fp32 is loaded as the instruction wants its operand, 8 bytes at a time.
+    """
+    rows, words = launch.arguments["BLOCK_M"], _narrow_words(launch, _compute_words(launch), "w_ptr")
+    chain = launch.arguments.get("DEPTH") and not launch.arguments["SPLIT"]
+    mma = _both(_matrix(launch, words, rows), _matrix(launch, "tf32", rows) if chain else ())
+    as_operand = words == "tf32" and launch.tensors["w_ptr"].dtype == torch.float16 and rows >= 64
+    return Expectations(mma, {"w_ptr": 8 if as_operand else 16})
 
 
 def _chain(launch: Launch) -> Expectations:
@@ -243,19 +260,21 @@ def _merged(launch: Launch) -> Expectations:
 
 def _stacked(launch: Launch) -> Expectations:
     rows = launch.arguments["BLOCK_M"]
-    tokens, narrow = (_matrix(launch, words, rows) for words in (_words(launch, "t_ptr"), _compute_words(launch)))
+    of_narrow = _narrow_words(launch, _compute_words(launch), "v_ptr")
+    tokens, narrow = (_matrix(launch, words, rows) for words in (_words(launch, "t_ptr"), of_narrow))
     return Expectations(_both(tokens, narrow), _reads("v_ptr"))
 
 
 def _crossed(launch: Launch) -> Expectations:
     """P accumulates in BLOCK_M rows, the narrow product in BLOCK_L."""
     tokens = _matrix(launch, _words(launch, "t_ptr"), launch.arguments["BLOCK_M"])
-    narrow = _matrix(launch, _compute_words(launch), launch.arguments["BLOCK_L"])
+    narrow = _matrix(launch, _narrow_words(launch, _compute_words(launch), "v_ptr"), launch.arguments["BLOCK_L"])
     return Expectations(_both(tokens, narrow), _reads("v_ptr"))
 
 
 def _down_partial(launch: Launch) -> Expectations:
-    return Expectations(_matrix(launch, _compute_words(launch), launch.arguments["BLOCK_M"]), _reads("x_ptr"))
+    words = _narrow_words(launch, _compute_words(launch), "x_ptr")
+    return Expectations(_matrix(launch, words, launch.arguments["BLOCK_M"]), _reads("x_ptr"))
 
 
 def _finish_tokens(launch: Launch) -> Expectations:

@@ -44,8 +44,8 @@ CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
     # The same on tensor descriptors.
     "gemm descriptor": {
         "sm_90": {
-            16: Config(128, 256, 64, 8, 3, persistent=True),
-            64: Config(128, 128, 64, 8, 4),
+            16: Config(128, 256, 64, 8, 3),
+            64: Config(128, 128, 64, 4, 4),
             128: Config(128, 128, 64, 8, 3),
         },
         "default": {16: Config(128, 256, 64, 8, 3, persistent=True), 128: Config(128, 128, 64, 8, 3)},
@@ -62,15 +62,18 @@ CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
     # [block_m rows] of a tall matrix times a narrow one, block_k of the reduction at a time, contiguous along it.
     "rows": {
         "default": {32: Config(32, 0, 128, 4, 3), 128: Config(32, 0, 64, 4, 2)},
+        "sm_90": {32: Config(32, 0, 128, 4, 4), 128: Config(32, 0, 64, 4, 2)},
         "gfx942": {32: Config(32, 0, 128, 4, 2), 128: Config(32, 0, 64, 4, 1)},
     },
     "rows fp32": {
         "default": {32: Config(32, 0, 64, 4, 3), 128: Config(32, 0, 32, 4, 2)},
+        "sm_90": {32: Config(64, 0, 64, 4, 4), 128: Config(32, 0, 32, 4, 2)},
         "gfx942": {32: Config(32, 0, 64, 4, 2), 128: Config(32, 0, 64, 4, 1)},
     },
     # The same for S, with tiles of block_n columns of a product of S that follows.
     "down": {
         "default": {32: Config(32, 128, 128, 4, 3), 128: Config(32, 64, 64, 4, 2)},
+        "sm_90": {32: Config(32, 256, 128, 4, 4), 64: Config(32, 64, 128, 4, 4), 128: Config(32, 64, 64, 4, 2)},
         "gfx942": {32: Config(32, 128, 64, 4, 2), 128: Config(64, 64, 64, 8, 1)},
     },
     "down dropout": {
@@ -93,13 +96,14 @@ CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
     # The same, contiguous along the rows: the reduction runs down the columns of the stored matrix.
     "columns": {
         "default": {32: Config(64, 0, 64, 4, 3), 128: Config(64, 0, 64, 4, 2)},
+        "sm_90": {64: Config(64, 0, 64, 4, 4), 128: Config(64, 0, 64, 4, 2)},
         "sm_86": {32: Config(64, 0, 64, 4, 3), 128: Config(64, 0, 64, 8, 2)},
         "sm_120": {32: Config(64, 0, 64, 4, 3), 128: Config(64, 0, 64, 8, 2)},
         "gfx942": {32: Config(64, 0, 64, 4, 2), 128: Config(64, 0, 32, 4, 1)},
     },
     "columns fp32": {
         "default": {32: Config(64, 0, 32, 4, 3), 128: Config(32, 0, 32, 4, 2)},
-        "sm_90": {32: Config(64, 0, 32, 4, 3), 64: Config(32, 0, 32, 4, 1), 128: Config(32, 0, 32, 4, 2)},
+        "sm_90": {32: Config(64, 0, 64, 4, 3), 64: Config(32, 0, 32, 4, 1), 128: Config(32, 0, 32, 4, 2)},
         "sm_100": {32: Config(64, 0, 32, 8, 3), 128: Config(32, 0, 32, 4, 2)},
         "sm_120": {
             16: Config(64, 0, 32, 8, 3),
@@ -126,7 +130,7 @@ CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
             64: Config(32, 128, 0, 4, 2),
             128: Config(64, 64, 0, 8, 2),
         },
-        "sm_90": {16: Config(64, 512, 0, 8, 3), 64: Config(64, 256, 0, 8, 3), 128: Config(64, 128, 0, 8, 3)},
+        "sm_90": {64: Config(64, 256, 0, 4, 3), 128: Config(64, 128, 0, 8, 3)},
         "sm_100": {16: Config(64, 512, 0, 8, 3), 64: Config(64, 256, 0, 8, 3), 128: Config(64, 128, 0, 8, 3)},
         "sm_120": {32: Config(32, 256, 0, 4, 2), 64: Config(64, 128, 0, 8, 2), 128: Config(64, 64, 0, 8, 2)},
         "gfx942": {
@@ -151,7 +155,7 @@ CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
     # dS from its partial sums, with tiles of block_n columns of a product of dS that follows.
     "finish": {
         "default": {32: Config(32, 128, 0, 4, 1), 128: Config(32, 64, 0, 4, 1)},
-        "sm_90": {16: Config(32, 128, 0, 4, 1), 32: Config(16, 128, 0, 4, 1), 128: Config(32, 64, 0, 4, 1)},
+        "sm_90": {16: Config(16, 256, 0, 4, 1), 32: Config(16, 128, 0, 4, 1), 128: Config(32, 64, 0, 4, 1)},
         "sm_120": {128: Config(32, 64, 0, 4, 1)},
         "gfx942": {32: Config(32, 128, 0, 4, 1), 128: Config(16, 64, 0, 4, 1)},
     },

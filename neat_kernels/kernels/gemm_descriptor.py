@@ -131,7 +131,7 @@ def _prepare(call: GemmCall) -> tuple[tuple[Described, Described, Described], Bo
     config = call.config("gemm descriptor")
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
     tiles = launch.cdiv(M, block_m) * launch.cdiv(N, block_n)
-    programs = min(tiles, place.multiprocessors) if config.persistent else tiles
+    programs = max(1, min(tiles, place.multiprocessors)) if config.persistent else tiles
     stride_am, _, stride_bk, stride_bn, *rest = strides
     transposed = stride_bk == 1
     of_B = ((N, K), stride_bn, (block_n, block_k)) if transposed else ((K, N), stride_bk, (block_k, block_n))

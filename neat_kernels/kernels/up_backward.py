@@ -52,7 +52,7 @@ def _up_backward_kernel(
     if du_ptr is not None:
         du = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     if dbias_ptr is not None:
-        dbias = tl.zeros((BLOCK_N,), tl.float32)
+        dbias = tl.zeros((BLOCK_N, 1 if dy_ptr.dtype.element_ty == tl.float32 else 16), tl.float32)
     first = piece * steps * BLOCK_M
     last = tl.minimum(first + steps * BLOCK_M, M)
     for start in range(first, last, BLOCK_M):
@@ -60,7 +60,12 @@ def _up_backward_kernel(
         dy_ptrs = dy_ptr + offs_m.to(tl.int64)[:, None] * stride_dym + wide_n[None, :] * stride_dyn
         dy = tl.load(dy_ptrs, mask=(offs_m < M)[:, None] & mask_n[None, :], other=0.0)  # [BLOCK_M, BLOCK_N]
         if dbias_ptr is not None:
-            dbias += tl.sum(dy.to(tl.float32), axis=0)
+            if dy.dtype == tl.float32:
+                dbias += tl.sum(dy, axis=0)[:, None]
+            else:
+                # A product with ones is exact, and spares a reduction across the warps for every tile.
+                ones = tl.full((BLOCK_M, 16), 1.0, tl.float32).to(dy.dtype)
+                dbias = tl.dot(tl.trans(dy), ones, dbias, input_precision="ieee")  # [BLOCK_N, 16]
         offs_s, mask_s = narrow_tile(offs_m, M, R, BLOCK_R)
         if du_ptr is not None:
             s = tl.load(s_ptr + offs_s, mask=mask_s, other=0.0)  # [BLOCK_M, BLOCK_R]
@@ -72,7 +77,7 @@ def _up_backward_kernel(
     if du_ptr is not None:
         tl.store(du_ptr + row * R + offs_u, du, mask=mask_u)
     if dbias_ptr is not None:
-        tl.store(dbias_ptr + row + wide_n, dbias, mask=mask_n)
+        tl.store(dbias_ptr + row + wide_n, tl.max(dbias, axis=1), mask=mask_n)
 
 
 def up_backward(

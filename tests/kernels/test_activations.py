@@ -102,7 +102,8 @@ class TestActivations:
     def test_what_is_not_finite(self, name):
         z = torch.tensor([float("inf"), -float("inf"), float("nan")], device=DEVICE)
         h, dz = run(name, z)
-        expected_h, expected_dz = eager(name, z)
+        # In float64: torch's vectorised fp32 gelu of infinity is NaN on some CPUs.
+        expected_h, expected_dz = (t.float() for t in eager(name, z.double()))
         assert torch.equal(h.nan_to_num(nan=7.0), expected_h.nan_to_num(nan=7.0))
         assert torch.equal(dz[2:].nan_to_num(nan=7.0), expected_dz[2:].nan_to_num(nan=7.0))
 

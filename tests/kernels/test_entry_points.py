@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from budget import evaluate
-from harness import DEVICE, TINY, draw, fused, interpreter_only
+from harness import DEVICE, TINY, draw, fused, interpreter_only, token_backend
 from torch import nn
 
 import neat_kernels as nk
@@ -47,14 +47,15 @@ class TestOperators:
         )
         torch.library.opcheck(OPS.features_backward.default, arguments)
 
-    @pytest.mark.parametrize("backend", ["triton:fused:fused", "triton:cublas:cublas"])
+    @pytest.mark.parametrize("plan", ["fused", "cublas"])
     @pytest.mark.parametrize("dropout", [0.0, 0.3])
-    def test_low_rank_linear_passes_opcheck(self, dropout, backend):
+    def test_low_rank_linear_passes_opcheck(self, dropout, plan):
         seed = torch.tensor([99], device=DEVICE) if dropout else None
         tensors = [t.requires_grad_() for t in (randn(6, 9), randn(7), randn(9, 3), randn(7, 3))]
         x, bias, down, up = tensors
         torch.library.opcheck(
-            OPS.low_rank_linear.default, (x, randn(7, 9), bias, down, up, seed, 0.5, dropout, None, backend)
+            OPS.low_rank_linear.default,
+            (x, randn(7, 9), bias, down, up, seed, 0.5, dropout, None, token_backend(plan, x.dtype)),
         )
 
     @pytest.mark.parametrize("needs", [*itertools.combinations(range(4), 1), (0, 1, 2, 3)], ids=str)
@@ -77,7 +78,7 @@ class TestOperators:
                 torch.bfloat16 if ddown else None,
                 torch.bfloat16 if dup else None,
                 torch.float32 if dbias else None,
-                "triton:fused:fused",
+                token_backend("fused", torch.float32),
             ),
         )
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from harness import DEVICE, interpreter_only, use_multiprocessors
+from harness import DEVICE, interpreter_only, token_backend, use_multiprocessors
 
 from neat_kernels.kernels import features, low_rank
 from neat_kernels.torch_backend.low_rank import Branch, Needs
@@ -82,7 +82,7 @@ def test_token_side(row, monkeypatch):
     )
     t = token_tensors(shape, dtype, adapter_dtype)
     seed = torch.tensor([77], device=DEVICE) if dropout else None
-    branch = Branch(0.7, dropout, compute_dtype, f"triton:{plan}:{plan}")
+    branch = Branch(0.7, dropout, compute_dtype, token_backend(plan, dtype))
     bias = t["bias"] if row["bias"] else None
     assert_guarded(low_rank.forward, t["x"], t["weight"], bias, t["down"], t["up"], seed, branch)
     S = randn(shape[0], shape[3], dtype=compute_dtype or dtype)
@@ -109,7 +109,7 @@ def test_token_side_backward_one_gradient_at_a_time(pieces, needs):
         t["up"] if factors else None,
         randn(37, 5) if needs.dup is not None else None,
         None,
-        Branch(1.0, 0.0, None, "triton:fused:fused"),
+        Branch(1.0, 0.0, None, token_backend("fused", F32)),
         needs,
     )
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from harness import DEVICE, DTYPES, check, draw, fused, use_multiprocessors, use_plan, use_seed
+from harness import DEVICE, DTYPES, INTERPRETED, check, draw, fused, use_multiprocessors, use_plan, use_seed
 
 from neat_kernels.vocabulary import ORIENTATIONS
 
@@ -55,8 +55,10 @@ class TestDropout:
         use_seed(monkeypatch, case, 0.5)
         plain = fused(case)
         case.x, case.dy = case.x.t().contiguous().t(), case.dy.t().contiguous().t()
+        # On a GPU cuBLAS has another order of sums for another layout; an element dropped elsewhere is off by its size.
+        compare = torch.equal if INTERPRETED else torch.allclose
         for name, value in fused(case).items():
-            assert torch.equal(value, plain[name]), name
+            assert compare(value, plain[name]), name
 
 
 class TestAutocast:
