@@ -55,10 +55,11 @@ class TestNumbersWorkedOutByHand:
         layer = Layer(8192, 4096, 4096)
         row = 8192 * 4096 * 2
         W, S, D = 4096 * 4096 * 2, 8192 * 16, 4096 * 16
-        # H200: 8 blocks of 512 columns and 8 pieces of rows for dS and dU; 2 × 4 pieces for Z and dD's 64 blocks.
-        up = 8 * S * 4 + 8 * D * 4
-        down_pieces, Z_pieces = 4, 4
-        extra = 3 * row + 2 * row + 2 * W + 2 * up + 2 * (down_pieces + Z_pieces) * D * 4
+        # H200: 16 blocks of 256 columns and 8 pieces of rows for dS and dU; 4 pieces for dD's 64 blocks, 8 for the 32
+        # of Z, 4 for the 32 of dA.
+        up = 16 * S * 4 + 8 * D * 4
+        down_pieces, Z_pieces, dA_pieces = 4, 8, 4
+        extra = 3 * row + 2 * row + 2 * W + 2 * up + 2 * (down_pieces + Z_pieces + dA_pieces) * D * 4
         step = steps.training(layer, H200, "cublas")
         addmm = [work for work in step.launches if work.kernel == "torch.addmm_"]
         assert len(addmm) == 2

@@ -88,10 +88,11 @@ WEIGHT_SIDE = {
         "features._project_kernel": 1,
         "features._finish_kernel": 1,
         "features_backward._weight_kernel": 1,
-        "reduce._reduce_kernel": 1,
+        "reduce._reduce_kernel": 2,
     },
     ("in", 0): {
         "features._project_kernel": 1,
+        "features._finish_kernel": 1,
         "features_backward._weight_kernel": 1,
         "reduce._reduce_kernel": 2,
     },
@@ -107,7 +108,7 @@ def test_launches_of_a_training_step(plan, orientation, dropout):
     assert counted == Counter(TOKEN_SIDE | BASE_GEMMS[plan]) + Counter(WEIGHT_SIDE[orientation, 0])
     # cuBLAS runs twice; nothing else of torch's runs, but the draw of a dropout seed.
     assert torch_side == (["randint"] if dropout else []) + (["addmm_", "addmm_"] if plan == "cublas" else [])
-    assert len(launches) + torch_side.count("addmm_") == 10
+    assert len(launches) + torch_side.count("addmm_") == 11
 
 
 def test_launches_with_features_given(plan):
@@ -123,7 +124,7 @@ def test_launches_with_features_given(plan):
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
 def test_a_chain_adds_its_stack_and_its_backward_whatever_its_depth(plan, orientation):
-    for depth, expected in ((0, 10), (1, 12), (3, 12)):
+    for depth, expected in ((0, 11), (1, 13), (3, 13)):
         launches, torch_side = observe(case_of(orientation=orientation, depth=depth, activation="tanh"))
         assert len(launches) + len(torch_side) == expected
 
@@ -163,7 +164,7 @@ OPERANDS = {
     "features_backward._weight_kernel": [["w_ptr"]],
     "up_finish._finish_kernel": [[]],
     "features._finish_kernel": [[]],
-    "reduce._reduce_kernel": [[]],
+    "reduce._reduce_kernel": [[], []],
 }
 
 
@@ -183,8 +184,8 @@ def test_partial_sums_stay_small(plan):
     launches, _ = observe(case)
     bytes_of = {launch.kernel: {name: t.nbytes for name, t in launch.tensors.items()} for launch in launches}
     up = bytes_of["up_backward._up_backward_kernel"]
-    # 8 blocks of 512 columns and 8 pieces of 1,024 rows.
-    assert up["ds_ptr"] + up["du_ptr"] < 0.1 * up["dy_ptr"]
+    # 16 blocks of 256 columns and 8 pieces of 1,024 rows. With half as many programs it is 9.4 %, and slower.
+    assert up["ds_ptr"] + up["du_ptr"] < 0.16 * up["dy_ptr"]
     down = bytes_of["down_backward._down_backward_kernel"]
     assert down["partial_ptr"] < 0.15 * down["x_ptr"]
 

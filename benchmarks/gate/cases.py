@@ -13,6 +13,7 @@ from benchmarks.gate.rules import Expectations
 from neat_kernels.kernels import features, small_batch
 from neat_kernels.kernels.apply import apply
 from neat_kernels.kernels.branch import Product
+from neat_kernels.kernels.configs import NARROW
 from neat_kernels.kernels.dgrad import dgrad
 from neat_kernels.kernels.down import down
 from neat_kernels.kernels.down_backward import down_backward
@@ -91,6 +92,7 @@ def _token(dtype: torch.dtype, r: int, dropout: float = 0.0, compute_dtype: torc
         for tokens in (x, strided):
             apply(tokens, W, bias, S, U, 0.5, None)
             dgrad(tokens, W, dS, D, seed, dropout, None)
+        apply(x, W[:NARROW], bias[:NARROW], S, U[:NARROW], 0.5, None)
 
 
 def _features(

@@ -17,6 +17,9 @@ class Config(NamedTuple):
     persistent: bool = False
 
 
+# Columns of C up to which the GEMM on descriptors takes narrow tiles: wide ones leave most of a device idle there.
+NARROW = 768
+
 # {stage: {arch: {largest block_r: configuration}}}, chosen from offline compilation (registers, shared memory) and not
 # from timings. A stage has a table of its own for operands of 4 bytes, and for a dropout mask: ten rounds of Philox for
 # every element take registers.
@@ -50,6 +53,10 @@ CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
         },
         "default": {16: Config(128, 256, 64, 8, 3, persistent=True), 128: Config(128, 128, 64, 8, 3)},
     },
+    # The same where N is at most NARROW: half a tile more for every multiprocessor is half of the time.
+    "gemm descriptor narrow": {
+        "default": {128: Config(128, 128, 64, 4, 4)},
+    },
     # Wider masked tiles spill 9 KB a thread on triton 3.9, and none on 3.7.
     "gemm descriptor dropout": {
         "default": {128: Config(128, 64, 64, 8, 4)},
@@ -67,13 +74,18 @@ CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
     },
     "rows fp32": {
         "default": {32: Config(32, 0, 64, 4, 3), 128: Config(32, 0, 32, 4, 2)},
-        "sm_90": {32: Config(64, 0, 64, 4, 4), 128: Config(32, 0, 32, 4, 2)},
+        "sm_90": {16: Config(128, 0, 64, 8, 4), 32: Config(64, 0, 64, 4, 4), 128: Config(32, 0, 32, 4, 2)},
         "gfx942": {32: Config(32, 0, 64, 4, 2), 128: Config(32, 0, 64, 4, 1)},
     },
     # The same for S, with tiles of block_n columns of a product of S that follows.
     "down": {
         "default": {32: Config(32, 128, 128, 4, 3), 128: Config(32, 64, 64, 4, 2)},
-        "sm_90": {32: Config(32, 256, 128, 4, 4), 64: Config(32, 64, 128, 4, 4), 128: Config(32, 64, 64, 4, 2)},
+        "sm_90": {
+            16: Config(32, 512, 128, 8, 4),
+            32: Config(32, 256, 128, 4, 4),
+            64: Config(32, 64, 128, 4, 4),
+            128: Config(32, 64, 64, 4, 2),
+        },
         "gfx942": {32: Config(32, 128, 64, 4, 2), 128: Config(64, 64, 64, 8, 1)},
     },
     "down dropout": {
@@ -103,7 +115,12 @@ CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
     },
     "columns fp32": {
         "default": {32: Config(64, 0, 32, 4, 3), 128: Config(32, 0, 32, 4, 2)},
-        "sm_90": {32: Config(64, 0, 64, 4, 3), 64: Config(32, 0, 32, 4, 1), 128: Config(32, 0, 32, 4, 2)},
+        "sm_90": {
+            16: Config(128, 0, 64, 8, 3),
+            32: Config(64, 0, 64, 4, 3),
+            64: Config(32, 0, 32, 4, 1),
+            128: Config(32, 0, 32, 4, 2),
+        },
         "sm_100": {32: Config(64, 0, 32, 8, 3), 128: Config(32, 0, 32, 4, 2)},
         "sm_120": {
             16: Config(64, 0, 32, 8, 3),
@@ -155,6 +172,12 @@ CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
     # dS from its partial sums, with tiles of block_n columns of a product of dS that follows.
     "finish": {
         "default": {32: Config(32, 128, 0, 4, 1), 128: Config(32, 64, 0, 4, 1)},
+        "sm_90": {16: Config(16, 512, 0, 4, 1), 32: Config(16, 128, 0, 4, 1), 128: Config(32, 64, 0, 4, 1)},
+        "sm_120": {128: Config(32, 64, 0, 4, 1)},
+        "gfx942": {32: Config(32, 128, 0, 4, 1), 128: Config(16, 64, 0, 4, 1)},
+    },
+    "finish dropout": {
+        "default": {32: Config(32, 128, 0, 4, 1), 128: Config(32, 64, 0, 4, 1)},
         "sm_90": {16: Config(16, 256, 0, 4, 1), 32: Config(16, 128, 0, 4, 1), 128: Config(32, 64, 0, 4, 1)},
         "sm_120": {128: Config(32, 64, 0, 4, 1)},
         "gfx942": {32: Config(32, 128, 0, 4, 1), 128: Config(16, 64, 0, 4, 1)},
@@ -184,14 +207,14 @@ CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
     },
     "crossed": {
         "default": {128: Config(64, 0, 256, 8, 3)},
-        "sm_90": {16: Config(64, 0, 512, 8, 3), 128: Config(64, 0, 256, 8, 3)},
+        "sm_90": {16: Config(64, 0, 256, 4, 3), 128: Config(64, 0, 256, 8, 3)},
         "sm_100": {16: Config(64, 0, 256, 8, 3), 32: Config(64, 0, 256, 8, 1), 128: Config(64, 0, 256, 8, 3)},
         "gfx942": {16: Config(64, 0, 256, 8, 2), 128: Config(64, 0, 256, 8, 1)},
     },
     "crossed fp32": {
         "default": {32: Config(32, 0, 256, 8, 2), 128: Config(16, 0, 128, 8, 1)},
         "sm_80": {32: Config(32, 0, 256, 8, 2), 128: Config(16, 0, 128, 8, 2)},
-        "sm_90": {32: Config(32, 0, 256, 8, 2), 128: Config(32, 0, 128, 8, 2)},
+        "sm_90": {16: Config(64, 0, 256, 8, 3), 32: Config(32, 0, 256, 8, 2), 128: Config(32, 0, 128, 8, 2)},
         "sm_100": {32: Config(32, 0, 256, 8, 2), 128: Config(32, 0, 128, 8, 2)},
         "gfx942": {16: Config(32, 0, 256, 8, 2), 32: Config(32, 0, 128, 4, 1), 128: Config(64, 0, 64, 8, 1)},
     },

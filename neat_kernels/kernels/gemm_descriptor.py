@@ -16,7 +16,7 @@ from torch import Tensor
 
 from neat_kernels.kernels import launch
 from neat_kernels.kernels.bound import Bound, Described, prepared
-from neat_kernels.kernels.configs import Config
+from neat_kernels.kernels.configs import NARROW, Config
 from neat_kernels.kernels.tiles import add_bias, low_rank_tile
 from neat_kernels.torch_backend.dropout import threshold as keep_threshold
 
@@ -105,9 +105,13 @@ class GemmCall(NamedTuple):
     dropout: float
 
     def config(self, stage: str) -> Config:
-        """The configuration of a stage; an fp32 branch has one table, masked or not."""
-        masked = " dropout" if self.masked and self.branch_dtype.itemsize == 2 else ""
-        return launch.config(stage + masked, self.place, self.r, self.branch_dtype.itemsize)
+        """The configuration of a stage; an fp32 branch has one table, masked or not, whatever the width of C."""
+        if self.branch_dtype.itemsize == 2:
+            if self.masked:
+                stage += " dropout"
+            elif stage == "gemm descriptor" and self.N <= NARROW:
+                stage += " narrow"
+        return launch.config(stage, self.place, self.r, self.branch_dtype.itemsize)
 
     @property
     def branch(self) -> tuple[float, int]:

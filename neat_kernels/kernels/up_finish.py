@@ -133,10 +133,10 @@ def _prepare(
     `shares` has how many partial sums there are of dS, dU and dbias, `of_product` K, the strides of D, the scaling, the
     dropout and whether there is a mask.
     """
-    config = launch.config("finish", place, r, itemsize)
+    K, stride_dk, stride_dr, product_scaling, dropout, masked = of_product or (1, 0, 0, 1.0, 0.0, False)
+    config = launch.config("finish dropout" if masked and itemsize == 2 else "finish", place, r, itemsize)
     of_dS, of_dU, of_dbias = shares
     blocks, pieces, steps = 0 if of_dS is None else launch.cdiv(M, config.block_m), 1, 0
-    K, stride_dk, stride_dr, product_scaling, dropout, masked = of_product or (1, 0, 0, 1.0, 0.0, False)
     if of_product is not None:
         pieces, steps = columns(blocks, K, config.block_n, place)
     blocks_s = blocks * pieces

@@ -47,7 +47,7 @@ _VALUES_A_THREAD = 128
 
 def stage_of(table: str) -> str:
     """The stage of a launch table, of which there is one for each kind of operands."""
-    return table.removesuffix(" fp32").removesuffix(" dropout")
+    return table.removesuffix(" fp32").removesuffix(" dropout").removesuffix(" narrow")
 
 
 def candidates(table: str, present: Config) -> list[Config]:

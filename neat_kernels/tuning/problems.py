@@ -11,6 +11,7 @@ from torch import Tensor
 
 from neat_kernels.kernels import features, launch
 from neat_kernels.kernels.branch import Product
+from neat_kernels.kernels.configs import NARROW
 from neat_kernels.kernels.down import down
 from neat_kernels.kernels.down_backward import down_backward
 from neat_kernels.kernels.gemm import gemm
@@ -156,7 +157,7 @@ def _finish(t: Inputs) -> Call:
     dtypes = (t.branch, torch.float32, torch.float32)
 
     def call() -> Sequence[Tensor]:
-        product = Product(t.D, None, 1.0, HALF)
+        product = Product(t.D, None, 1.0, HALF, t.seed, t.dropout)
         alone = finish(partial, M, N, t.r, 1.0, dtypes, t.device, None)
         return [one for one in (*alone, *finish(partial, M, N, t.r, 1.0, dtypes, t.device, product)) if one is not None]
 
@@ -251,7 +252,14 @@ _CALLS: dict[str, Callable[[Inputs], Call]] = {
 
 
 def build(table: str, r: int, sizes: Sizes, device: torch.device) -> Problem:
-    """The problem whose launches take their configuration from `table`, with seeded inputs."""
+    """The problem whose launches take their configuration from `table`, with seeded inputs.
+
+    Its sizes are changed where a table is for narrow matrices, or for others.
+    """
+    if "narrow" in table:
+        sizes = Sizes(sizes.tokens, min(sizes.in_features, NARROW), min(sizes.out_features, NARROW))
+    elif table == "gemm descriptor":
+        sizes = Sizes(sizes.tokens, max(sizes.in_features, NARROW + 8), max(sizes.out_features, NARROW + 8))
     generator = torch.Generator(device).manual_seed(0)
     branch = torch.float32 if table.endswith(" fp32") else HALF
     # A row that is not 16-byte aligned keeps a GEMM on pointers where the device has descriptors.
