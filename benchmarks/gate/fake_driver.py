@@ -76,8 +76,9 @@ def capture(target: str | Target, record: bool = True) -> Iterator[list[Launch]]
     fake = _FakeDriver(TARGETS[target] if isinstance(target, str) else target, record)
     # Not driver.active: reading it makes the default driver, which needs a device.
     before = driver._active
+    configured = _package_configured_for(fake.target, record)
     try:
-        with mock.patch.object(JITFunction, "run", fake.watched(JITFunction.run)), _package_configured_for(fake.target):
+        with mock.patch.object(JITFunction, "run", fake.watched(JITFunction.run)), configured:
             driver.set_active(fake)
             yield fake.launches
     finally:
@@ -177,7 +178,7 @@ class _Utils:
 
 
 @contextlib.contextmanager
-def _package_configured_for(target: Target) -> Iterator[None]:
+def _package_configured_for(target: Target, record: bool) -> Iterator[None]:
     """The package's own kernels take their configurations for `target`, though their tensors are on the CPU."""
     from neat_kernels.kernels import bound, launch
 
@@ -190,9 +191,19 @@ def _package_configured_for(target: Target) -> Iterator[None]:
     def on(device: torch.device) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
+    passed = bound._argument
+
+    def tensors(argument: Any) -> tuple[Any, Any]:
+        """The tensor where a launch passes its address: it is what is written down."""
+        return passed(argument)[0], argument
+
     bound.forget()
     try:
-        with mock.patch.object(launch, "target", chosen), mock.patch.object(launch, "on", on):
+        with (
+            mock.patch.object(launch, "target", chosen),
+            mock.patch.object(launch, "on", on),
+            mock.patch.object(bound, "_argument", tensors if record else passed),
+        ):
             yield
     finally:
         # What was prepared holds kernels of this driver, which has none any more.

@@ -2,7 +2,7 @@
 
 The host code of a stage is in two parts. A function under `prepared` turns shapes, strides and options into a `Bound`
 launch, and is looked up by them; the launcher allocates and passes tensors. Triton looks at every argument of a call in
-Python and in C++ to find what it compiled for arguments like these; of tensors that is no more than `_kind`.
+Python and in C++ to find what it compiled for arguments like these; of tensors that is no more than `_argument` sees.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Bound:
     def __init__(self, kernel: Any, grid: tuple[int, ...], numbers: tuple[Any, ...], **constants: Any) -> None:
         self._kernel, self._grid, self._numbers, self._constants = kernel, grid, numbers, constants
         # What launches a compiled kernel, with the rest of its arguments, by device and kinds of tensors.
-        self._compiled: dict[tuple[Hashable, ...], tuple[Any, tuple[Any, ...]]] = {}
+        self._compiled: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
 
     def __call__(self, *tensors: Tensor | TensorDescriptor | None) -> None:
         """Launch with `tensors`, which the kernel has before all other arguments."""
@@ -62,7 +62,9 @@ class Bound:
         if not isinstance(self._kernel, JITFunction):
             self._kernel[self._grid](*tensors, *self._numbers, **self._constants)
             return
-        key = (driver.active.get_current_device(), *map(_kind, tensors))
+        device = driver.active.get_current_device()
+        seen = [_argument(tensor) for tensor in tensors]
+        key = (device, *[kind for kind, _ in seen])
         found = self._compiled.get(key)
         if found is None:
             compiled = self._kernel[self._grid](*tensors, *self._numbers, **self._constants)
@@ -71,20 +73,23 @@ class Bound:
             self._compiled[key] = compiled[(*self._grid, 1, 1)[:3]], rest
             return
         start, rest = found
-        start(*tensors, *rest)
+        start(*[passed for _, passed in seen], *rest, stream=driver.active.get_current_stream(device))
 
 
-def _kind(argument: Tensor | TensorDescriptor | None) -> Hashable:
-    """What Triton compiles differently for: a tensor's dtype and alignment."""
+def _argument(argument: Tensor | TensorDescriptor | None) -> tuple[Hashable, Any]:
+    """What Triton compiles differently for, a tensor's dtype and alignment, and what a launch passes.
+
+    Of a tensor that is the address: a tensor's own Triton has the driver look up, and asks the tensor for it once more.
+    """
     if argument is None:
-        return None
+        return None, None
     if isinstance(argument, TensorDescriptor):
-        return argument.base.dtype
-    aligned = argument.data_ptr() % 16 == 0
+        return argument.base.dtype, argument
+    address = argument.data_ptr()
     if _IS_HIP:
         # On AMD also whether offsets into it fit 32 bits.
-        return argument.dtype, aligned, argument.untyped_storage().size() < 2**31
-    return argument.dtype, aligned
+        return (argument.dtype, address % 16 == 0, argument.untyped_storage().size() < 2**31), address
+    return (argument.dtype, address % 16 == 0), address
 
 
 class Described:

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from neat_kernels.kernels import launch
-from neat_kernels.kernels.tiles import add_bias, low_rank_tile, narrow_tile, store_tile
+from neat_kernels.kernels.tiles import load_bias, low_rank_tile, narrow_tile, store_tile
 
 
 class Product(NamedTuple):
@@ -78,10 +78,13 @@ def write_product(
         last = tl.minimum(first + steps * BLOCK_N, N)
         for start in tl.range(first, last, BLOCK_N, num_stages=1):
             offs_n = start + tl.arange(0, BLOCK_N)
+            if bias_ptr is not None:
+                # Under way beside the loads of q: one after the other they are the time of the loop.
+                bias = load_bias(bias_ptr, stride_bias, offs_n, N)  # [BLOCK_N]
             tile = low_rank_tile(
                 p_ptr, q_ptr, seed_ptr, offs_m, offs_n, M, N, stride_qn, stride_qr, scaling, threshold,
                 R, BLOCK_R, DROPOUT, PRECISION,
             )  # [BLOCK_M, BLOCK_N]  # fmt: skip
             if bias_ptr is not None:
-                tile = add_bias(tile, bias_ptr, stride_bias, offs_n, N)
+                tile += bias[None, :]
             store_tile(c_ptr, tile, offs_m, offs_n, M, N)

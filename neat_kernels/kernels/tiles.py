@@ -55,10 +55,15 @@ def low_rank_tile(
 
 
 @triton.jit
+def load_bias(bias_ptr, stride_bias, offs_n, N):
+    """fp32 bias[offs_n], zero from N on."""
+    return tl.load(bias_ptr + offs_n.to(tl.int64) * stride_bias, mask=offs_n < N, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def add_bias(acc, bias_ptr, stride_bias, offs_n, N):
     """acc [BLOCK_M, BLOCK_N] + bias."""
-    bias = tl.load(bias_ptr + offs_n.to(tl.int64) * stride_bias, mask=offs_n < N, other=0.0)  # [BLOCK_N]
-    return acc + bias.to(tl.float32)[None, :]
+    return acc + load_bias(bias_ptr, stride_bias, offs_n, N)[None, :]
 
 
 @triton.jit
