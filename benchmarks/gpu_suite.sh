@@ -10,19 +10,21 @@
 #   sanitizer       compute-sanitizer's memcheck and racecheck over the kernels' guard bands
 #   layer-large     one layer against its peers over fresh processes, shapes bound by arithmetic
 #   layer-small     the same, shapes bound by launches and by reading W
+#   kernels         the time of every kernel of one layer and of its peers, and what the device copies and multiplies
+#   host            what the host does for a layer's forward and backward, and where its time goes
 #   pytest          the pytest-benchmark file
 #   tune            launch configurations and plans, ranks up to 16, into OUT; repeated, it goes on where it stopped
 #
 # PYTHON   the interpreter (default python3)
 # OUT      where the results go (default benchmarks/results/DATE-DEVICE)
-# NEAT_KERNELS_COMMIT   the commit, where the tree was copied without its .git
+# NEAT_KERNELS_COMMIT   the commit of a copied tree, whose .git is missing or tells of another
 #
 # Each part leaves PART.json; suite.log has all output, summary.txt one line per part. The exit status is 1 if a part
 # failed; a part that cannot run here is "skipped", with the reason, and is no failure.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-PARTS=(environment tests-gpu tests-kernels tests-cpu sanitizer layer-large layer-small pytest tune)
+PARTS=(environment tests-gpu tests-kernels tests-cpu sanitizer layer-large layer-small kernels host pytest tune)
 LIMIT_S=570
 PYTHON="${PYTHON:-python3}"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
@@ -59,7 +61,7 @@ obstacle() {
             for module in triton typer rich tqdm; do has "$module" || { echo "$module is not installed"; return; }; done ;;
     esac
     [[ "$1" != sanitizer ]] || command -v compute-sanitizer > /dev/null || { echo "compute-sanitizer is not installed"; return; }
-    case "$1" in tests-gpu | tests-kernels | sanitizer | layer-* | tune) [[ -n "$gpu" ]] || echo "no CUDA device" ;; esac
+    case "$1" in tests-gpu | tests-kernels | sanitizer | layer-* | kernels | host | tune) [[ -n "$gpu" ]] || echo "no CUDA device" ;; esac
 }
 
 # Set `command` to the command of a part.
@@ -67,7 +69,8 @@ command_of() {
     case "$1" in
         environment) command=("$PYTHON" -m benchmarks.provenance) ;;
         tests-gpu) command=("$PYTHON" -m pytest -m gpu) ;;
-        tests-kernels) command=("$PYTHON" -m pytest tests/kernels) ;;
+        # Nearly all of its time is the compiler's: 15 workers take two minutes, one takes half an hour.
+        tests-kernels) command=("$PYTHON" -m pytest tests/kernels ${workers[@]+"${workers[@]}"}) ;;
         tests-cpu) command=("$PYTHON" -m pytest -m "not gpu" --ignore tests/kernels ${workers[@]+"${workers[@]}"}) ;;
         sanitizer)
             # racecheck and memcheck are tools of their own; a launch is some hundred times slower under either.
@@ -75,7 +78,13 @@ command_of() {
                 '$PYTHON' -m pytest -x tests/kernels/test_guard_bands.py -k between_strided || exit 1; done") ;;
         layer-*)
             command=("$PYTHON" -m benchmarks.layer_ratio --device cuda --shapes "gpu-${1#layer-}" --dtypes bfloat16
-                --threads 8 --seconds 1 --limit 500 --output "$OUT/$1.json") ;;
+                --threads 8 --seconds 0.5 --processes 3 --limit 500 --output "$OUT/$1.json"
+                --contenders frozen neat neat_half neat_lora peft_lora peft_lora_half peft_peanut
+                formula formula_compiled lora_by_hand) ;;
+        kernels)
+            command=("$PYTHON" -m benchmarks.kernel_times --output "$OUT/$1.json"
+                --contenders frozen neat neat_half neat_lora peft_lora_half lora_by_hand) ;;
+        host) command=("$PYTHON" -m benchmarks.host_cost --device cuda --profile --output "$OUT/$1.json") ;;
         pytest) command=("$PYTHON" -m pytest benchmarks --benchmark-json "$OUT/pytest.json") ;;
         # What has begun is finished: the rest of the part's time is for that.
         tune) command=("$PYTHON" -m neat_kernels tune --quick --minutes 8 --output-dir "$OUT") ;;

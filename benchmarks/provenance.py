@@ -86,10 +86,13 @@ def _versions() -> dict[str, str | None]:
 
 
 def _commit() -> str:
-    """The commit, "+changes" if the tree differs from it; NEAT_KERNELS_COMMIT where the tree came without git."""
+    """NEAT_KERNELS_COMMIT, which a copied tree is given; else git's, "+changes" if the tree differs from it."""
+    given = os.environ.get("NEAT_KERNELS_COMMIT")
+    if given:
+        return given
     head = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
     if head is None:
-        return os.environ.get("NEAT_KERNELS_COMMIT", "unknown")
+        return "unknown"
     return head + ("+changes" if _output("git", "-C", str(ROOT), "status", "--porcelain") else "")
 
 

@@ -167,7 +167,7 @@ def _compute_words(launch: Launch) -> str:
 
 
 def _narrow_words(launch: Launch, words: str, large: str) -> str:
-    """Of the product with a narrow operand: an fp32 one is taken apart where the large operand is bf16."""
+    """Of the features' product with a narrow operand: an fp32 one is taken apart where the large operand is bf16."""
     return "bf16" if words == "tf32" and launch.tensors[large].dtype == torch.bfloat16 else words
 
 
@@ -204,8 +204,7 @@ def _product(launch: Launch, words: str) -> tuple[tuple[str, ...], dict[str, int
 def _down(launch: Launch) -> Expectations:
     words = _words(launch, "s_ptr")
     mma, widths = _product(launch, words)
-    narrow = _matrix(launch, _narrow_words(launch, words, "x_ptr"), launch.arguments["BLOCK_M"])
-    return Expectations(_both(narrow, mma), {**_reads("x_ptr"), **widths})
+    return Expectations(_both(_matrix(launch, words, launch.arguments["BLOCK_M"]), mma), {**_reads("x_ptr"), **widths})
 
 
 def _finish(launch: Launch) -> Expectations:
@@ -213,8 +212,7 @@ def _finish(launch: Launch) -> Expectations:
 
 
 def _down_backward(launch: Launch) -> Expectations:
-    words = _narrow_words(launch, _words(launch, "ds_ptr"), "x_ptr")
-    return Expectations(_matrix(launch, words, launch.arguments["BLOCK_K"]), _reads("x_ptr"))
+    return Expectations(_matrix(launch, _words(launch, "ds_ptr"), launch.arguments["BLOCK_K"]), _reads("x_ptr"))
 
 
 def _up_backward(launch: Launch) -> Expectations:
@@ -262,8 +260,7 @@ def _merged(launch: Launch) -> Expectations:
 
 def _stacked(launch: Launch) -> Expectations:
     rows = launch.arguments["BLOCK_M"]
-    of_narrow = _narrow_words(launch, _compute_words(launch), "v_ptr")
-    tokens, narrow = (_matrix(launch, words, rows) for words in (_words(launch, "t_ptr"), of_narrow))
+    tokens, narrow = (_matrix(launch, words, rows) for words in (_words(launch, "t_ptr"), _compute_words(launch)))
     return Expectations(_both(tokens, narrow), _reads("v_ptr"))
 
 
@@ -275,8 +272,7 @@ def _crossed(launch: Launch) -> Expectations:
 
 
 def _down_partial(launch: Launch) -> Expectations:
-    words = _narrow_words(launch, _compute_words(launch), "x_ptr")
-    return Expectations(_matrix(launch, words, launch.arguments["BLOCK_M"]), _reads("x_ptr"))
+    return Expectations(_matrix(launch, _compute_words(launch), launch.arguments["BLOCK_M"]), _reads("x_ptr"))
 
 
 def _finish_tokens(launch: Launch) -> Expectations:

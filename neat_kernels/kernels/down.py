@@ -50,7 +50,7 @@ def _down_kernel(
     s = tall_times_narrow(
         x_ptr, d_ptr, None, seed_ptr, offs_m, M, K, 0, tl.cdiv(K, BLOCK_K),
         stride_xm, stride_xk, stride_dk, stride_dr, K, 1, threshold,
-        R, BLOCK_K, BLOCK_R, s_ptr.dtype.element_ty, None, DROPOUT, PRECISION,
+        R, BLOCK_K, BLOCK_R, s_ptr.dtype.element_ty, None, DROPOUT, PRECISION, False,
     )  # [BLOCK_M, BLOCK_R]  # fmt: skip
     if DROPOUT:
         s = s * inv_keep

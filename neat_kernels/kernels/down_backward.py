@@ -40,7 +40,7 @@ def _down_backward_kernel(
     offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     acc = tall_times_narrow(
         x_ptr, ds_ptr, None, seed_ptr, offs_k, K, M, piece, steps, stride_xk, stride_xm, R, 1, 1, K, threshold,
-        R, BLOCK_M, BLOCK_R, ds_ptr.dtype.element_ty, None, DROPOUT, PRECISION,
+        R, BLOCK_M, BLOCK_R, ds_ptr.dtype.element_ty, None, DROPOUT, PRECISION, False,
     )  # [BLOCK_K, BLOCK_R]  # fmt: skip
     offs, mask = narrow_tile(offs_k, K, R, BLOCK_R)
     tl.store(partial_ptr + tl.cast(piece, tl.int64) * K * R + offs, acc, mask=mask)

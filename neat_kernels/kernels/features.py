@@ -50,7 +50,7 @@ def _project_kernel(
     z = tall_times_narrow(
         w_ptr, a_ptr, None, None, offs_m, rows, length, piece, steps,
         stride_wm, stride_wl, stride_al, stride_ar, 0, 0, 0,
-        R, BLOCK_L, BLOCK_R, COMPUTE, None, False, PRECISION,
+        R, BLOCK_L, BLOCK_R, COMPUTE, None, False, PRECISION, True,
     )  # [BLOCK_M, BLOCK_R]  # fmt: skip
     offs, mask = narrow_tile(offs_m, rows, R, BLOCK_R)
     tl.store(z_ptr + tl.cast(piece, tl.int64) * rows * R + offs, z, mask=mask)

@@ -89,7 +89,7 @@ def _weight_kernel(
         acc = tall_times_narrow(
             w_ptr, dh_ptr, z_ptr, None, offs_m, rows, length, piece, steps,
             stride_wm, stride_wl, stride_dhl, stride_dhr, 0, 0, 0,
-            R, BLOCK_L, BLOCK_R, tl.float32, ACTIVATION, False, PRECISION,
+            R, BLOCK_L, BLOCK_R, tl.float32, ACTIVATION, False, PRECISION, True,
         )  # [BLOCK_M, BLOCK_R]  # fmt: skip
         da_ptrs = da_ptr + tl.cast(piece, tl.int64) * rows * R + offs_r.to(tl.int64)[None, :] * rows + offs_m[:, None]
         tl.store(da_ptrs, acc.to(da_ptr.dtype.element_ty), mask=(offs_m < rows)[:, None] & (offs_r < R)[None, :])

@@ -11,13 +11,13 @@ from neat_kernels.kernels.dropout import kept
 
 
 @triton.jit
-def narrow_dot(v, q, acc, COMPUTE: tl.constexpr, PRECISION: tl.constexpr):
+def narrow_dot(v, q, acc, COMPUTE: tl.constexpr, PRECISION: tl.constexpr, PIECES: tl.constexpr):
     """acc + v·q, both rounded to COMPUTE, for a tile v of a large matrix and a tile q of a narrow one.
 
-    A bf16 v under fp32 takes three bf16 products, which hold all 24 bits of q in pieces of 8: as exact as fp32, half
-    the cost of three TF32 products, and nothing is done to the large operand.
+    With PIECES a bf16 v under fp32 takes three bf16 products, which hold all 24 bits of q in pieces of 8: as exact as
+    fp32, half the cost of three TF32 products, and nothing is done to the large operand.
     """
-    if COMPUTE == tl.float32 and v.dtype == tl.bfloat16:
+    if PIECES and COMPUTE == tl.float32 and v.dtype == tl.bfloat16:
         wide = q.to(tl.float32)
         high = wide.to(tl.bfloat16)
         rest = wide - high.to(tl.float32)
@@ -55,6 +55,7 @@ def tall_times_narrow(
     ACTIVATION: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    PIECES: tl.constexpr,
 ):
     """fp32 [len(offs_m), BLOCK_R] = V[offs_m, piece]·Q[piece, :r], zero beyond r.
 
@@ -84,7 +85,7 @@ def tall_times_narrow(
         if DROPOUT:
             index = wide_m[:, None] * index_m + offs_l.to(tl.int64)[None, :] * index_l
             v = kept(v, seed_ptr, index, threshold)
-        acc = narrow_dot(v, q, acc, COMPUTE, PRECISION)
+        acc = narrow_dot(v, q, acc, COMPUTE, PRECISION, PIECES)
         v_ptrs += BLOCK_L * tl.cast(stride_vl, tl.int64)
         q_ptrs += BLOCK_L * tl.cast(stride_ql, tl.int64)
     return acc

@@ -100,7 +100,7 @@ def _stacked_kernel(
         t = _wide_tile(t_ptr, offs_l, offs_t, last, tokens, stride_tl, stride_tm)  # [BLOCK_L, BLOCK_T]
         f = _narrow_tile(f_ptr, z_ptr, offs_l, last, stride_f, stride_fr, R, BLOCK_R, ACTIVATION)  # [BLOCK_L, BLOCK_R]
         p = tl.dot(v.to(c), t, p, input_precision="ieee")
-        q = narrow_dot(v, f, q, COMPUTE, PRECISION)
+        q = narrow_dot(v, f, q, COMPUTE, PRECISION, False)
     wide_piece = tl.cast(piece, tl.int64)
     _store_tokens(p_ptr + wide_piece * tokens * rows, p, offs_t, offs_m, tokens, rows)
     _store_narrow(q_ptr + wide_piece * rows * R, q, offs_m, rows, stride_q, stride_qr, R, BLOCK_R)
@@ -147,7 +147,7 @@ def _crossed_kernel(
         offs_m = start + tl.arange(0, BLOCK_M)
         v = _wide_tile(v_ptr, offs_m, offs_l, last, length, stride_vm, stride_vl)  # [BLOCK_M, BLOCK_L]
         f = _narrow_tile(f_ptr, z_ptr, offs_m, last, stride_f, stride_fr, R, BLOCK_R, ACTIVATION)  # [BLOCK_M, BLOCK_R]
-        q = narrow_dot(tl.trans(v), f, q, COMPUTE, PRECISION)
+        q = narrow_dot(tl.trans(v), f, q, COMPUTE, PRECISION, True)
         p = tl.dot(v.to(c), t, input_precision="ieee")  # [BLOCK_M, BLOCK_T]
         _store_tokens(p_ptr, p, offs_t, offs_m, tokens, rows)
     q_ptr += tl.cast(piece, tl.int64) * length * R

@@ -46,7 +46,7 @@ def _down_partial_kernel(
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     s = tall_times_narrow(
         x_ptr, d_ptr, None, seed_ptr, offs_m, M, K, piece, steps, stride_xm, stride_xk, stride_dk, stride_dr, K, 1,
-        threshold, R, BLOCK_K, BLOCK_R, COMPUTE, None, DROPOUT, PRECISION,
+        threshold, R, BLOCK_K, BLOCK_R, COMPUTE, None, DROPOUT, PRECISION, False,
     )  # [BLOCK_M, BLOCK_R]  # fmt: skip
     if DROPOUT:
         s = s * inv_keep

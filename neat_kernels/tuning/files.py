@@ -57,12 +57,15 @@ def source(command: str) -> Source:
 
 
 def commit() -> str:
-    """The commit, "+changes" if the package differs from it; NEAT_KERNELS_COMMIT where it came without git."""
+    """NEAT_KERNELS_COMMIT, which a copied tree is given; else git's, "+changes" if the package differs from it."""
+    given = os.environ.get("NEAT_KERNELS_COMMIT")
+    if given:
+        return given
     package = Path(__file__).resolve().parent.parent
     known = _git(package, "ls-files", "--", "__init__.py")
     head = _git(package, "rev-parse", "HEAD") if known else None
     if not head:
-        return os.environ.get("NEAT_KERNELS_COMMIT", "unknown")
+        return "unknown"
     # What the tuner writes beside the kernels is no change of the code.
     changed = _git(package, "status", "--porcelain", "--", ".", ":!kernels/measured_*.json")
     return head + ("+changes" if changed else "")

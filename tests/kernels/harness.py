@@ -19,8 +19,9 @@ RUNS = INTERPRETED or DEVICE.type == "cuda"
 
 interpreter_only = pytest.mark.skipif(not INTERPRETED, reason="shows something of the interpreter alone")
 
-# TF32x3, which multiplies fp32 on tensor cores, holds an operand in two pieces of 11 bits each.
-_UNIT_TF32X3 = 2.0**-22
+# TF32x3, which multiplies fp32 on tensor cores, holds an operand in two pieces of 11 bits each, and leaves out the
+# product of the lower ones.
+_UNIT_TF32X3 = 3 * 2.0**-22
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TINY = (5, 7, 6, 3)

@@ -55,10 +55,10 @@ class TestDropout:
         use_seed(monkeypatch, case, 0.5)
         plain = fused(case)
         case.x, case.dy = case.x.t().contiguous().t(), case.dy.t().contiguous().t()
-        # On a GPU cuBLAS has another order of sums for another layout; an element dropped elsewhere is off by its size.
-        compare = torch.equal if INTERPRETED else torch.allclose
         for name, value in fused(case).items():
-            assert compare(value, plain[name]), name
+            # On a GPU cuBLAS sums in another order for another layout; an element dropped elsewhere is off by its size.
+            atol = 0.0 if INTERPRETED else 1e-4
+            assert (value - plain[name]).abs().max() <= atol, name
 
 
 class TestAutocast:
