@@ -20,9 +20,9 @@ class Config(NamedTuple):
 # Columns of C up to which the GEMM on descriptors takes narrow tiles: wide ones leave most of a device idle there.
 NARROW = 768
 
-# {stage: {arch: {largest block_r: configuration}}}, chosen from offline compilation (registers, shared memory) and not
-# from timings. A stage has a table of its own for operands of 4 bytes, and for a dropout mask: ten rounds of Philox for
-# every element take registers.
+# {stage: {arch: {largest block_r: configuration}}}, chosen from offline compilation (registers, shared memory); on sm_90
+# up to r = 16, and here and there up to 64, from timings on an H200 (docs/performance-log.md). A stage has a table of
+# its own for operands of 4 bytes, and for a dropout mask: ten rounds of Philox for every element take registers.
 CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
     # x·Wᵀ and dy·W with the low-rank product: tile [block_m, block_n].
     "gemm": {
@@ -51,11 +51,12 @@ CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
             64: Config(128, 128, 64, 4, 4),
             128: Config(128, 128, 64, 8, 3),
         },
-        "default": {16: Config(128, 256, 64, 8, 3, persistent=True), 128: Config(128, 128, 64, 8, 3)},
+        "default": {128: Config(128, 128, 64, 8, 3)},
     },
     # The same where N is at most NARROW: half a tile more for every multiprocessor is half of the time.
     "gemm descriptor narrow": {
-        "default": {128: Config(128, 128, 64, 4, 4)},
+        "default": {128: Config(128, 128, 64, 8, 3)},
+        "sm_90": {128: Config(128, 128, 64, 4, 4)},
     },
     # Wider masked tiles spill 9 KB a thread on triton 3.9, and none on 3.7.
     "gemm descriptor dropout": {
@@ -76,6 +77,7 @@ CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
         "default": {32: Config(32, 0, 64, 4, 3), 128: Config(32, 0, 32, 4, 2)},
         "sm_90": {16: Config(128, 0, 64, 8, 4), 32: Config(64, 0, 64, 4, 4), 128: Config(32, 0, 32, 4, 2)},
         "gfx942": {32: Config(32, 0, 64, 4, 2), 128: Config(32, 0, 64, 4, 1)},
+        "sm_120": {32: Config(32, 0, 32, 4, 3), 128: Config(32, 0, 32, 4, 2)},
     },
     # The same for S, with tiles of block_n columns of a product of S that follows.
     "down": {
