@@ -95,9 +95,13 @@ Place = Path | None
 @app.command()
 def finetune(
     model: Annotated[Text, option("Folder or hub id of a text model.", "all-MiniLM-L6-v2, installed", DATA)] = None,
-    data: Annotated[Place, option("Labelled .csv, .jsonl or .parquet file.", "docstrings of libraries", DATA)] = None,
+    data: Annotated[
+        Place,
+        option("Labelled .csv, .jsonl or .parquet file, or a name for `datasets`.", "docstrings of libraries", DATA),
+    ] = None,
     text_column: Annotated[Text, option("Column of the text.", "text", DATA)] = None,
     label_column: Annotated[Text, option("Column of the label.", "label", DATA)] = None,
+    pair_column: Annotated[Text, option("Column of a second text, for pairs.", "none", DATA)] = None,
     methods: Annotated[
         Texts, option(f"probe, lora, neat or full; {SEVERAL}, are compared.", "probe,lora,neat", METHODS, "--method")
     ] = None,

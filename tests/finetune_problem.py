@@ -23,10 +23,12 @@ def tokenizer():
     names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS]
     core = Tokenizer(WordLevel({name: index for index, name in enumerate(names)}, unk_token="[UNK]"))
     core.pre_tokenizer = Whitespace()
-    core.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    core.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
-        model_max_length=64,
+        model_max_length=64, model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )  # fmt: skip
 
 

@@ -170,7 +170,7 @@ REFUSED = {
     "batch": (["--batch-size", "1000"], "--batch-size must be at most the number of training texts, 84; got 1000"),
     "length": (["--max-length", "65"], "--max-length must be at most 64 for this model, got 65"),
     "targets": (["--target-modules", "querry"], "no module is called 'querry'; the nearest names are query"),
-    "columns alike": (["--text-column", "label"], "--text-column and --label-column must differ"),
+    "columns alike": (["--text-column", "label"], "must differ, got label, label"),
     "column": (["--text-column", "body"], "--text-column 'body' is not there; columns are 'text', 'label'"),
 }
 

@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 
 from neat_kernels.finetune import corpus
-from neat_kernels.finetune.data import held_out_ends, load_file, split_rows
+from neat_kernels.finetune.data import Columns, held_out_ends, load_file, split_rows
 from neat_kernels.finetune.files import write_atomically
 from neat_kernels.finetune.settings import UsageError
 
@@ -28,19 +28,19 @@ def write(path, pairs, text="text", label="label"):
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
 def test_every_format_gives_the_same_task(tmp_path, suffix):
-    data = load_file(write(tmp_path / f"a{suffix}", PAIRS, "body", "kind"), "body", "kind")
+    data = load_file(write(tmp_path / f"a{suffix}", PAIRS, "body", "kind"), Columns("body", "kind"))
     assert data.label_names == ("no", "yes")
     assert data.sizes() == {"train": 28, "validation": 4, "test": 8}
     splits = (data.train, data.validation, data.test)
     read = {(text, data.label_names[label]) for s in splits for text, label in zip(s.texts, s.labels, strict=True)}
     assert read == set(PAIRS)
-    reference = load_file(write(tmp_path / "b.jsonl", PAIRS), "text", "label")
+    reference = load_file(write(tmp_path / "b.jsonl", PAIRS), Columns("text", "label"))
     assert (data.train, data.validation, data.test) == (reference.train, reference.validation, reference.test)
 
 
 def test_row_order_changes_nothing(tmp_path):
-    forward = load_file(write(tmp_path / "a.csv", PAIRS), "text", "label")
-    backward = load_file(write(tmp_path / "a2.csv", PAIRS[::-1]), "text", "label")
+    forward = load_file(write(tmp_path / "a.csv", PAIRS), Columns("text", "label"))
+    backward = load_file(write(tmp_path / "a2.csv", PAIRS[::-1]), Columns("text", "label"))
     assert (forward.train, forward.validation, forward.test) == (backward.train, backward.validation, backward.test)
 
 
@@ -58,7 +58,7 @@ def test_every_split_gets_a_row_of_every_label(count):
 
 def test_repeated_texts_are_in_one_split_and_told(tmp_path):
     repeated = [*PAIRS, *PAIRS[:5], (PAIRS[0][0], "no")]
-    data = load_file(write(tmp_path / "a.jsonl", repeated), "text", "label")
+    data = load_file(write(tmp_path / "a.jsonl", repeated), Columns("text", "label"))
     texts = [text for split in (data.train, data.validation, data.test) for text in split.texts]
     assert len(texts) == len(set(texts)) == len(PAIRS)
     assert data.notes == ("6 repeated texts dropped, 1 of them with a different label than the first",)
@@ -69,7 +69,7 @@ def test_integer_and_boolean_labels(tmp_path):
     path.write_text(
         "".join(json.dumps({"text": f"t {i}", "label": i % 2 if i < 20 else i % 2 == 0}) + "\n" for i in range(40))
     )
-    assert load_file(path, "text", "label").label_names == ("0", "1", "False", "True")
+    assert load_file(path, Columns("text", "label")).label_names == ("0", "1", "False", "True")
 
 
 REFUSED = {
@@ -102,19 +102,19 @@ def test_refused_files(tmp_path, name):
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(UsageError, match=message):
-        load_file(tmp_path / name, "text", "label")
+        load_file(tmp_path / name, Columns("text", "label"))
 
 
 def test_refused_encoding_and_folder(tmp_path):
     (tmp_path / "latin.csv").write_bytes("text,label\ncafé,a\n".encode("latin-1"))
     with pytest.raises(UsageError, match="must be UTF-8"):
-        load_file(tmp_path / "latin.csv", "text", "label")
+        load_file(tmp_path / "latin.csv", Columns("text", "label"))
     (tmp_path / "folder.csv").mkdir()
     with pytest.raises(UsageError, match="is not a file"):
-        load_file(tmp_path / "folder.csv", "text", "label")
+        load_file(tmp_path / "folder.csv", Columns("text", "label"))
     path = write(tmp_path / "a.parquet", [*PAIRS, (None, "yes")])
     with pytest.raises(UsageError, match="row 41: expected a text, got NoneType"):
-        load_file(path, "text", "label")
+        load_file(path, Columns("text", "label"))
 
 
 def test_masking_hides_every_spelling_of_a_library():

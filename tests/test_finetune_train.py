@@ -113,7 +113,7 @@ def test_methods_start_from_the_same_function(bert, tokens):
     logits = []
     for method in METHODS:
         backbone = prepare(method, bert.load(torch.float32), SETTINGS, bert.default_targets())
-        logits.append(TextClassifier(backbone, 32, len(LABELS), 5).eval()(batch.ids, batch.mask))
+        logits.append(TextClassifier(backbone, 32, len(LABELS), 5).eval()(**batch.inputs))
     for other in logits[1:]:
         torch.testing.assert_close(other, logits[0])
 
@@ -137,8 +137,8 @@ def test_padding_changes_no_logits(bert, tokens):
     short = min(range(len(tokens.train)), key=lambda row: len(tokens.train.ids[row]))
     long = max(range(len(tokens.train)), key=lambda row: len(tokens.train.ids[row]))
     alone, both = tokens.train.batch([short], CPU), tokens.train.batch([short, long], CPU)
-    assert both.ids.shape[1] > alone.ids.shape[1]
-    torch.testing.assert_close(model(alone.ids, alone.mask)[0], model(both.ids, both.mask)[0])
+    assert both.inputs["input_ids"].shape[1] > alone.inputs["input_ids"].shape[1]
+    torch.testing.assert_close(model(**alone.inputs)[0], model(**both.inputs)[0])
 
 
 @pytest.mark.parametrize("method", METHODS)

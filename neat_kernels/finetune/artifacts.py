@@ -19,7 +19,8 @@ from neat_kernels.adapters.load import load_adapter
 from neat_kernels.adapters.lora_export import export_lora
 from neat_kernels.adapters.lora_import import from_lora
 from neat_kernels.adapters.save import save_adapter, write_json, write_tensors
-from neat_kernels.finetune.batches import Batch, Tokens
+from neat_kernels.finetune.batches import Batch, as_tokens, encode
+from neat_kernels.finetune.data import Text
 from neat_kernels.finetune.model import Pretrained, TextClassifier
 from neat_kernels.finetune.settings import UsageError
 from neat_kernels.vocabulary import check_int
@@ -42,11 +43,13 @@ class Task:
         model: as in the settings; None is the default model.
         labels: name of each label index.
         max_length: tokens read of each text.
+        pairs: whether what is labelled is a pair of texts.
     """
 
     model: str | None
     labels: tuple[str, ...]
     max_length: int
+    pairs: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,21 +61,30 @@ class Classifier:
     task: Task
 
     @torch.no_grad()
-    def probabilities(self, texts: Sequence[str]) -> Tensor:
-        """Probability of each label for each text, [texts, labels] in float32."""
+    def probabilities(self, texts: Sequence[Text]) -> Tensor:
+        """Probability of each label for each text, [texts, labels] in float32; UsageError for what is none."""
         if not texts:
             return torch.empty(0, len(self.task.labels))
         self.model.eval()
-        ids = self.tokenizer(list(texts), truncation=True, max_length=self.task.max_length)["input_ids"]
-        tokens = Tokens(tuple(map(tuple, ids)), (0,) * len(ids), self.tokenizer.pad_token_id)
-        starts = range(0, len(ids), _PREDICTION_BATCH)
-        rows = [list(range(len(ids)))[start : start + _PREDICTION_BATCH] for start in starts]
+        for text in texts:
+            self._check(text)
+        encoded = encode(texts, self.tokenizer, self.task.max_length)
+        tokens = as_tokens(encoded, (0,) * len(texts), self.tokenizer)
+        starts = range(0, len(texts), _PREDICTION_BATCH)
+        rows = [list(range(len(texts)))[start : start + _PREDICTION_BATCH] for start in starts]
         batches = (tokens.batch(chosen, self.model.head.weight.device) for chosen in rows)
-        return torch.cat([self.model(batch.ids, batch.mask).float().softmax(-1).cpu() for batch in batches])
+        return torch.cat([self.model(**batch.inputs).float().softmax(-1).cpu() for batch in batches])
 
-    def __call__(self, texts: Sequence[str]) -> list[str]:
-        """The most probable label of each text."""
+    def __call__(self, texts: Sequence[Text]) -> list[str]:
+        """The most probable label of each text, or pair of texts if it was trained on pairs."""
         return [self.task.labels[index] for index in self.probabilities(texts).argmax(-1).tolist()]
+
+    def _check(self, text: object) -> None:
+        of_pair = isinstance(text, tuple) and len(text) == 2 and all(isinstance(part, str) for part in text)
+        if not (of_pair if self.task.pairs else isinstance(text, str)):
+            wanted = "(text, text)" if self.task.pairs else "a text"
+            raise UsageError(f"this classifier was trained on {'pairs' if self.task.pairs else 'texts'}: "
+                             f"expected {wanted} each, got {text!r}")  # fmt: skip
 
 
 def save_trained(folder: Path, method: str, model: TextClassifier, task: Task, batch: Batch, overwrite: bool) -> None:
@@ -101,6 +113,7 @@ def save_trained(folder: Path, method: str, model: TextClassifier, task: Task, b
             "model": task.model,
             "labels": task.labels,
             "max_length": task.max_length,
+            "pairs": task.pairs,
             "load": [f'neat_kernels.finetune.load_classifier("{folder}") labels texts', *lines],
         }
         write_json(temporary / CLASSIFIER, facts)
@@ -145,7 +158,7 @@ def _check_replaceable(folder: Path, overwrite: bool) -> None:
 
 def _save_neat(temporary: Path, folder: Path, backbone: nn.Module, batch: Batch) -> list[str]:
     saved = save_adapter(backbone, temporary / ADAPTER)
-    exported = export_lora(backbone, temporary / LORA, batch={"input_ids": batch.ids, "attention_mask": batch.mask})
+    exported = export_lora(backbone, temporary / LORA, batch=batch.inputs)
     by_peft = "" if saved.reasons else f', or peft.PeftModel.from_pretrained(model, "{folder / ADAPTER}")'
     return [
         f'neat_kernels.load_adapter(model, "{folder / ADAPTER}"){by_peft}',
@@ -179,11 +192,13 @@ def _read_task(folder: Path) -> tuple[Task, str]:
         facts = json.loads((folder / CLASSIFIER).read_text(encoding="utf-8"))
         if facts["format"] != FORMAT or facts["method"] not in _SAVE:
             raise ValueError(f"format {facts['format']!r} of method {facts['method']!r}")
-        task = Task(facts["model"], tuple(facts["labels"]), facts["max_length"])
+        task = Task(facts["model"], tuple(facts["labels"]), facts["max_length"], facts.get("pairs", False))
         names = [*task.labels, *(() if task.model is None else (task.model,))]
         if not isinstance(facts["labels"], list) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"labels {facts['labels']!r} of model {task.model!r}")
         check_int("max_length", task.max_length, 1)
+        if not isinstance(task.pairs, bool):
+            raise ValueError(f"pairs {task.pairs!r}")
         return task, facts["method"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"{folder}: expected a whole classifier with a {CLASSIFIER}, got {error!r}") from error

@@ -9,31 +9,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neat_kernels.finetune.data import Split, TextData
+from neat_kernels.finetune.data import Split, Text, TextData
 from neat_kernels.finetune.settings import UsageError
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """The token ids of each text and its label."""
+    """The token ids of each text and its label; of pairs also which text a token is of, if the tokenizer says it."""
 
     ids: tuple[tuple[int, ...], ...]
     labels: tuple[int, ...]
     pad_id: int
+    types: tuple[tuple[int, ...], ...] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def batch(self, rows: Sequence[int], device: torch.device) -> Batch:
         """The chosen rows, padded on the right to the longest of them."""
-        length = max(len(self.ids[row]) for row in rows)
-        ids = torch.full((len(rows), length), self.pad_id)
-        mask = torch.zeros((len(rows), length), dtype=torch.long)
-        for position, row in enumerate(rows):
-            ids[position, : len(self.ids[row])] = torch.tensor(self.ids[row])
-            mask[position, : len(self.ids[row])] = 1
+        lengths = [len(self.ids[row]) for row in rows]
+        mask = padded([(1,) * length for length in lengths], 0)
+        inputs = {"input_ids": padded([self.ids[row] for row in rows], self.pad_id), "attention_mask": mask}
+        if self.types is not None:
+            inputs["token_type_ids"] = padded([self.types[row] for row in rows], 0)
         labels = torch.tensor([self.labels[row] for row in rows])
-        return Batch(ids.to(device), mask.to(device), labels.to(device), sum(len(self.ids[row]) for row in rows))
+        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+        return Batch(inputs, labels.to(device), sum(lengths))
 
     def in_order_of_length(self, batch_size: int, device: torch.device) -> Iterator[Batch]:
         """Yield all rows once, texts of like length together, so that little is spent on padding."""
@@ -44,10 +45,9 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids and mask [batch, length], labels [batch], and how many tokens are not padding."""
+    """What the model is given by name, each [batch, length], labels [batch], and how many tokens are not padding."""
 
-    ids: Tensor
-    mask: Tensor
+    inputs: dict[str, Tensor]
     labels: Tensor
     tokens: int
 
@@ -73,17 +73,43 @@ def tokenize(data: TextData, tokenizer: Any, max_length: int) -> TaskTokens:
 
 def tokenize_split(split: Split, tokenizer: Any, max_length: int) -> Tokens:
     """The token ids of one split."""
-    encoded = tokenizer(list(split.texts), truncation=True, max_length=max_length)["input_ids"]
-    for text, ids in zip(split.texts, encoded, strict=True):
+    encoded = encode(split.texts, tokenizer, max_length)
+    for text, ids in zip(split.texts, encoded["input_ids"], strict=True):
         if not ids:
-            raise UsageError(f"the tokenizer makes no token of the text {text[:80]!r}")
-    return Tokens(tuple(map(tuple, encoded)), split.labels, tokenizer.pad_token_id)
+            raise UsageError(f"the tokenizer makes no token of the text {str(text)[:80]!r}")
+    return as_tokens(encoded, split.labels, tokenizer)
+
+
+def encode(texts: Sequence[Text], tokenizer: Any, max_length: int) -> dict[str, list[list[int]]]:
+    """The token ids of texts, or of pairs with their types, cut to `max_length`: of a pair the longer text first."""
+    if isinstance(texts[0], str):
+        return {"input_ids": tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]}
+    firsts, seconds = map(list, zip(*texts, strict=True))
+    encoded = tokenizer(firsts, seconds, truncation=True, max_length=max_length)
+    return {name: encoded[name] for name in ("input_ids", "token_type_ids") if name in encoded}
+
+
+def as_tokens(encoded: dict[str, list[list[int]]], labels: tuple[int, ...], tokenizer: Any) -> Tokens:
+    """What `encode` returned, with labels."""
+    types = encoded.get("token_type_ids")
+    return Tokens(
+        tuple(map(tuple, encoded["input_ids"])),
+        labels,
+        tokenizer.pad_token_id,
+        None if types is None else tuple(map(tuple, types)),
+    )
+
+
+def padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """The rows [len(rows), longest], `value` behind each."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
 
 
 def longer_than(max_length: int, split: Split, tokenizer: Any) -> int:
     """How many texts have more tokens than are read."""
-    encoded = tokenizer(list(split.texts), truncation=True, max_length=max_length + 1)["input_ids"]
-    return sum(len(ids) > max_length for ids in encoded)
+    encoded = encode(split.texts, tokenizer, max_length + 1)
+    return sum(len(ids) > max_length for ids in encoded["input_ids"])
 
 
 def plan_steps(rows: int, batch_size: int, steps: int, seed: int) -> list[list[int]]:

@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from neat_kernels.finetune.settings import DATA_SUFFIXES, UsageError
 
@@ -16,14 +17,30 @@ VALIDATION_SHARE = 0.1
 TEST_SHARE = 0.2
 MIN_ROWS_PER_LABEL = 3
 
-Row = tuple[str, str]
+# A text, or two that belong together, such as a question and an answer.
+Text = str | tuple[str, str]
+Row = tuple[Text, str]
+Cells = tuple[object, ...]
+
+
+class Columns(NamedTuple):
+    """Names of the columns that are read; `pair` is that of a second text, None where there is one text a row."""
+
+    text: str
+    label: str
+    pair: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names, in the order of the cells of a row."""
+        return (self.text, self.label) if self.pair is None else (self.text, self.label, self.pair)
 
 
 @dataclass(frozen=True)
 class Split:
-    """Texts and the index of each one's label."""
+    """Texts, or pairs of them, and the index of each one's label."""
 
-    texts: tuple[str, ...]
+    texts: tuple[Text, ...]
     labels: tuple[int, ...]
 
     def __len__(self) -> int:
@@ -55,13 +72,12 @@ class TextData:
         return {"train": len(self.train), "validation": len(self.validation), "test": len(self.test)}
 
 
-def load_file(path: Path, text_column: str, label_column: str) -> TextData:
+def load_file(path: Path, columns: Columns) -> TextData:
     """Read a labelled file and split it by a hash of each text, so that the same file always splits alike.
 
     Args:
         path: a .csv, .jsonl or .parquet file.
-        text_column: column that holds the text.
-        label_column: column that holds the label (str, int or bool).
+        columns: those of the text, of the label (str, int or bool) and of a second text, if there is one.
 
     Returns:
         The task, with repeated texts dropped and every label in every split.
@@ -69,30 +85,30 @@ def load_file(path: Path, text_column: str, label_column: str) -> TextData:
     Raises:
         UsageError: for an unreadable file, a missing column, an empty text or label, or too few labels or rows.
     """
-    rows = read_rows(path, text_column, label_column)
+    rows = read_rows(path, columns)
     unique, notes = drop_repeated(rows)
     return split_rows(unique, source=path.name, validation=VALIDATION_SHARE, test=TEST_SHARE, notes=notes)
 
 
-def read_rows(path: Path, text_column: str, label_column: str) -> list[Row]:
-    """The (text, label) pairs of a file, or UsageError."""
+def read_rows(path: Path, columns: Columns) -> list[Row]:
+    """The texts of a file with their labels, or UsageError."""
     if path.suffix.lower() not in DATA_SUFFIXES:
         raise UsageError(f"--data must end in one of {', '.join(DATA_SUFFIXES)}; got {path.name!r}")
     if not path.is_file():
         raise UsageError(f"--data {path} does not exist" if not path.exists() else f"--data {path} is not a file")
-    readers: dict[str, Callable[[Path, tuple[str, str]], Iterator[tuple[int, object, object]]]]
+    readers: dict[str, Callable[[Path, Sequence[str]], Iterator[tuple[int, Cells]]]]
     readers = {".csv": read_csv, ".jsonl": read_jsonl, ".parquet": read_parquet}
     try:
-        cells = list(readers[path.suffix.lower()](path, (text_column, label_column)))
+        rows = list(readers[path.suffix.lower()](path, columns.names))
     except UnicodeDecodeError as error:
         raise UsageError(f"--data {path} must be UTF-8 text: {error}") from error
-    if not cells:
+    if not rows:
         raise UsageError(f"--data {path} holds no rows")
-    return [(as_text(path, row, text), as_label(path, row, label)) for row, text, label in cells]
+    return [as_row(path, number, cells) for number, cells in rows]
 
 
-def read_csv(path: Path, columns: tuple[str, str]) -> Iterator[tuple[int, object, object]]:
-    """Yield (line number, text, label) of a csv file with a header line."""
+def read_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Cells]]:
+    """Yield line number and cells of a csv file with a header line."""
     with path.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.DictReader(stream, strict=True)
         try:
@@ -101,13 +117,13 @@ def read_csv(path: Path, columns: tuple[str, str]) -> Iterator[tuple[int, object
             for cells in reader:
                 if None in cells or None in cells.values():
                     raise UsageError(f"{path}, line {reader.line_num}: expected {len(header)} cells, as in the header")
-                yield reader.line_num, cells[columns[0]], cells[columns[1]]
+                yield reader.line_num, tuple(cells[name] for name in columns)
         except csv.Error as error:
             raise UsageError(f"{path}, line {reader.line_num}: not valid csv: {error}") from error
 
 
-def read_jsonl(path: Path, columns: tuple[str, str]) -> Iterator[tuple[int, object, object]]:
-    """Yield (line number, text, label) of a file with one JSON object a line."""
+def read_jsonl(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Cells]]:
+    """Yield line number and cells of a file with one JSON object a line."""
     with path.open(encoding="utf-8-sig") as stream:
         for number, line in enumerate(stream, start=1):
             if not line.strip():
@@ -119,11 +135,11 @@ def read_jsonl(path: Path, columns: tuple[str, str]) -> Iterator[tuple[int, obje
             if not isinstance(cells, dict):
                 raise UsageError(f"{path}, line {number}: expected a JSON object, got {type(cells).__name__}")
             require_columns(f"{path}, line {number}", columns, list(cells))
-            yield number, cells[columns[0]], cells[columns[1]]
+            yield number, tuple(cells[name] for name in columns)
 
 
-def read_parquet(path: Path, columns: tuple[str, str]) -> Iterator[tuple[int, object, object]]:
-    """Yield (row number, text, label) of a parquet file."""
+def read_parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Cells]]:
+    """Yield row number and cells of a parquet file."""
     try:
         import pyarrow
         import pyarrow.parquet as parquet
@@ -134,21 +150,26 @@ def read_parquet(path: Path, columns: tuple[str, str]) -> Iterator[tuple[int, ob
         table = parquet.read_table(path, columns=list(columns))
     except pyarrow.ArrowException as error:
         raise UsageError(f"--data {path} is not a readable parquet file: {error}") from error
-    pairs = zip(table.column(columns[0]).to_pylist(), table.column(columns[1]).to_pylist(), strict=True)
-    for number, (text, label) in enumerate(pairs, start=1):
-        yield number, text, label
+    yield from enumerate(zip(*(table.column(name).to_pylist() for name in columns), strict=True), start=1)
 
 
 def require_columns(where: object, columns: Sequence[str], present: list[str]) -> None:
     """Raise UsageError unless each of `columns` is there exactly once."""
-    for option, name in zip(("--text-column", "--label-column"), columns, strict=True):
+    for option, name in zip(("--text-column", "--label-column", "--pair-column"), columns, strict=False):
         if present.count(name) != 1:
             found = "is there twice" if name in present else "is not there"
             columns_there = ", ".join(map(repr, present)) or "none"
             raise UsageError(f"{where}: {option} {name!r} {found}; columns are {columns_there}")
 
 
-def as_text(path: Path, row: int, value: object) -> str:
+def as_row(where: object, number: int, cells: Cells) -> Row:
+    """A row's text or pair of texts, and its label, or UsageError."""
+    text, label, *pair = cells
+    first = as_text(where, number, text)
+    return (first, as_text(where, number, pair[0])) if pair else first, as_label(where, number, label)
+
+
+def as_text(path: object, row: int, value: object) -> str:
     """The text of one row, or UsageError if it is none or empty."""
     if not isinstance(value, str) or not value.strip():
         got = "an empty text" if isinstance(value, str) else type(value).__name__
@@ -156,7 +177,7 @@ def as_text(path: Path, row: int, value: object) -> str:
     return value.strip()
 
 
-def as_label(path: Path, row: int, value: object) -> str:
+def as_label(path: object, row: int, value: object) -> str:
     """The label of one row as str, or UsageError if it is empty or of another type."""
     if not isinstance(value, (str, int)) or not str(value).strip():
         got = "an empty label" if isinstance(value, str) else f"{type(value).__name__} {value!r}"
@@ -166,7 +187,7 @@ def as_label(path: Path, row: int, value: object) -> str:
 
 def drop_repeated(rows: Iterable[Row]) -> tuple[list[Row], tuple[str, ...]]:
     """The rows without repeated texts (the first one stays), and a note on what was dropped."""
-    first: dict[str, str] = {}
+    first: dict[Text, str] = {}
     dropped = conflicting = 0
     for text, label in rows:
         if text in first:
@@ -196,12 +217,12 @@ def split_rows(
     Raises:
         UsageError: if there are fewer than two labels, or a label has fewer than three rows.
     """
-    by_label: dict[str, list[str]] = defaultdict(list)
+    by_label: dict[str, list[Text]] = defaultdict(list)
     for text, label in rows:
         by_label[label].append(text)
     require_labels(source, {label: len(texts) for label, texts in by_label.items()})
     names = tuple(sorted(by_label))
-    parts: dict[str, list[tuple[str, int]]] = {"test": [], "validation": [], "train": []}
+    parts: dict[str, list[tuple[Text, int]]] = {"test": [], "validation": [], "train": []}
     for index, name in enumerate(names):
         texts = sorted(by_label[name], key=digest)
         ends = held_out_ends(len(texts), validation, test)
@@ -230,12 +251,12 @@ def held_out_ends(count: int, validation: float, test: float) -> tuple[int, int]
     return test_end, min(test_end + max(1, round(count * validation)), count - 1)
 
 
-def as_split(pairs: Iterable[tuple[str, int]]) -> Split:
+def as_split(pairs: Iterable[tuple[Text, int]]) -> Split:
     """The pairs in an order that mixes the labels and depends on the texts alone."""
     ordered = sorted(pairs, key=lambda pair: digest(pair[0]))
     return Split(tuple(text for text, _ in ordered), tuple(label for _, label in ordered))
 
 
-def digest(text: str) -> str:
+def digest(text: Text) -> str:
     """A hash that orders texts the same way on every machine."""
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256((text if isinstance(text, str) else "\0".join(text)).encode()).hexdigest()

@@ -35,9 +35,9 @@ class TextClassifier(nn.Module):
             torch.manual_seed(seed)
             self.head = nn.Linear(hidden_size, num_labels)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits [batch, num_labels] for token ids and mask [batch, length]."""
-        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **more: Tensor) -> Tensor:
+        """Logits [batch, num_labels] for token ids and mask [batch, length], and more that the backbone takes."""
+        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **more).last_hidden_state
         mask = attention_mask.unsqueeze(-1).float()
         return self.head((hidden.float() * mask).sum(1) / mask.sum(1))
 
@@ -64,6 +64,8 @@ class Pretrained:
         refuse_unsuitable(location, config)
         tokenizer = read(AutoTokenizer, location, local)
         prepare_padding(location, tokenizer)
+        if getattr(config, "type_vocab_size", 0) < 2:
+            tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
         return cls(model or DEFAULT_MODEL, location, local, tokenizer, config, module_names(config))
 
     def load(self, dtype: torch.dtype) -> nn.Module:

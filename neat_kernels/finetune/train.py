@@ -128,7 +128,7 @@ class Trainer:
     def step(self, batch: Batch) -> None:
         """Forward, backward and optimizer on one batch; no gradients are left behind."""
         with self.autocast():
-            logits = self.model(batch.ids, batch.mask)
+            logits = self.model(**batch.inputs)
         loss = nn.functional.cross_entropy(logits.float(), batch.labels)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
@@ -165,7 +165,7 @@ class Trainer:
         right: list[bool] = []
         with self.autocast():
             for batch in tokens.in_order_of_length(EVALUATION_BATCH, self.device):
-                right += (self.model(batch.ids, batch.mask).argmax(-1) == batch.labels).tolist()
+                right += (self.model(**batch.inputs).argmax(-1) == batch.labels).tolist()
         return right
 
 

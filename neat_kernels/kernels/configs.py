@@ -20,9 +20,9 @@ class Config(NamedTuple):
 # Columns of C up to which the GEMM on descriptors takes narrow tiles: wide ones leave most of a device idle there.
 NARROW = 768
 
-# {stage: {arch: {largest block_r: configuration}}}, chosen from offline compilation (registers, shared memory); on sm_90
-# up to r = 16, and here and there up to 64, from timings on an H200 (docs/performance-log.md). A stage has a table of
-# its own for operands of 4 bytes, and for a dropout mask: ten rounds of Philox for every element take registers.
+# {stage: {arch: {largest block_r: configuration}}}, chosen from offline compilation (registers, shared memory); on
+# sm_90, up to r = 16 and here and there beyond, from timings on an H200 (docs/performance-log.md). A stage has a table
+# of its own for operands of 4 bytes, and for a dropout mask: ten rounds of Philox for every element take registers.
 CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
     # x·Wᵀ and dy·W with the low-rank product: tile [block_m, block_n].
     "gemm": {
