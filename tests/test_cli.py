@@ -98,7 +98,7 @@ def test_finetune_compares_methods_and_writes_the_results(model, data, tmp_path)
     assert result.exit_code == 0, result.output
     for word in ("linear probe", "LoRA", "Neat", "full", "peak MiB", "validation", "84 train", "query, value; r=2"):
         assert word in result.output
-    names = ["curves.png", "full", "lora", "neat", "probe", "results.json", "trials"]
+    names = ["curves.png", "full", "lora", "neat", "probe", "report.html", "results.json", "trials"]
     assert sorted(path.name for path in output.iterdir()) == names
     content = json.loads((output / "results.json").read_text())
     assert [method["method"] for method in content["methods"]] == ["probe", "lora", "neat", "full"]

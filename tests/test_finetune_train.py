@@ -1,8 +1,10 @@
 """The training loop, the methods, the measurements and the report, on tiny random models."""
 
+import base64
 import dataclasses
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from neat_kernels.finetune.defaults import HEAD_LEARNING_RATE
 from neat_kernels.finetune.memory import held_bytes, peak_of_step, traced_peak
 from neat_kernels.finetune.methods import prepare
 from neat_kernels.finetune.model import Pretrained, TextClassifier
+from neat_kernels.finetune.page import write_page
 from neat_kernels.finetune.report import comparisons, draw_curves, results_json, results_table, running_mean
 from neat_kernels.finetune.settings import METHODS, Settings, UsageError
 from neat_kernels.finetune.train import (
@@ -324,6 +327,22 @@ def test_curves_are_a_picture_and_replace_nothing_half_way(tmp_path):
         image.verify()
         assert image.width > 1000
     assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
+
+
+def test_the_report_holds_all_it_shows(tmp_path):
+    draw_curves(tmp_path / "curves.png", results(), "a title")
+    picture = (tmp_path / "curves.png").read_bytes()
+    title, left = "texts <of> & more", ['load("a folder")']
+    write_page(tmp_path / "report.html", title, picture, {"device": "a [bold] one", "data": {"n": 3}}, results(), left)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert base64.b64encode(picture).decode() in page
+    assert "<title>texts &lt;of&gt; &amp; more</title>" in page
+    assert "a [bold] one" in page
+    assert "load(&quot;a folder&quot;)" in page
+    for result in results():
+        assert f"{100 * result.test_accuracy:.1f} ±" in page
+    # Nothing is fetched from elsewhere.
+    assert not re.search(r"(src|href)=.(?!data:)|url\(|@import", page)
 
 
 def test_running_mean():

@@ -24,6 +24,7 @@ from neat_kernels.finetune.interrupt import Interrupted, first_interrupt_waits
 from neat_kernels.finetune.methods import ALL_LINEAR
 from neat_kernels.finetune.model import Pretrained, TextClassifier, require_targets
 from neat_kernels.finetune.named_data import is_file, load_named
+from neat_kernels.finetune.page import REPORT, write_page
 from neat_kernels.finetune.progress import TerminalProgress
 from neat_kernels.finetune.report import (
     CURVES,
@@ -76,9 +77,10 @@ def run(settings: Settings, console: Console) -> Path:
     console.print(results_table(results))
     for line in (*rates_tried(results), *comparisons(results)):
         console.print(line, highlight=False)
-    write_results(settings, prepared, results)
+    write_results(settings, prepared, results, left)
     console.print("What was trained, and how to load it:", *left, sep="\n  ", soft_wrap=True, markup=False)
-    console.print(f"Curves and results: {settings.output / CURVES}, {settings.output / RESULTS}", soft_wrap=True)
+    files_left = ", ".join(str(settings.output / name) for name in (REPORT, CURVES, RESULTS))
+    console.print(f"Report, curves and numbers: {files_left}", soft_wrap=True)
     return settings.output
 
 
@@ -184,7 +186,7 @@ def check_output(output: Path, overwrite: bool) -> None:
     """Raise UsageError unless results can be written to `output` without replacing others unasked."""
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output must be a folder; {output} is a file")
-    there = [name for name in (CURVES, RESULTS, *METHODS, TRIALS) if (output / name).exists()]
+    there = [name for name in (CURVES, REPORT, RESULTS, *METHODS, TRIALS) if (output / name).exists()]
     if there and not overwrite:
         raise UsageError(f"--output {output} holds {there[0]} of an earlier run: choose another, or add --overwrite")
     parent = output.absolute()
@@ -231,10 +233,11 @@ def print_plan(settings: Settings, prepared: Prepared, console: Console) -> None
     console.print(table, markup=False)
 
 
-def write_results(settings: Settings, prepared: Prepared, results: list[MethodResult]) -> None:
-    """Write the curves, then the numbers: where results.json is, the run is whole."""
+def write_results(settings: Settings, prepared: Prepared, results: list[MethodResult], left: list[str]) -> None:
+    """Write curves and report, then the numbers: where results.json is, the run is whole."""
     settings.output.mkdir(parents=True, exist_ok=True)
-    draw_curves(settings.output / CURVES, results, picture_title(settings, prepared))
+    title = picture_title(settings, prepared)
+    draw_curves(settings.output / CURVES, results, title)
     facts: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
@@ -252,6 +255,7 @@ def write_results(settings: Settings, prepared: Prepared, results: list[MethodRe
         },
         "settings": settings.as_dict(),
     }
+    write_page(settings.output / REPORT, title, (settings.output / CURVES).read_bytes(), facts, results, left)
     results_json(settings.output / RESULTS, facts, results)
 
 
