@@ -11,6 +11,7 @@
 #   layer-large     one layer against its peers over fresh processes, shapes bound by arithmetic
 #   layer-small     the same, shapes bound by launches and by reading W
 #   kernels         the time of every kernel of one layer and of its peers, and what the device copies and multiplies
+#   model           a training step of a whole Llama against PEFT, in the setting of PEFT's own benchmark
 #   host            what the host does for a layer's forward and backward, and where its time goes
 #   pytest          the pytest-benchmark file
 #   tune            launch configurations and plans, ranks up to 16, into OUT; repeated, it goes on where it stopped
@@ -24,7 +25,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-PARTS=(environment tests-gpu tests-kernels tests-cpu sanitizer layer-large layer-small kernels host pytest tune)
+PARTS=(environment tests-gpu tests-kernels tests-cpu sanitizer layer-large layer-small kernels model host pytest tune)
 LIMIT_S=570
 PYTHON="${PYTHON:-python3}"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
@@ -56,12 +57,13 @@ obstacle() {
         tests-*)
             has pytest || { echo "pytest is not installed"; return; }
             has hypothesis || { echo "hypothesis is not installed"; return; } ;;
+        model) has transformers || { echo "transformers is not installed"; return; } ;;
         pytest) has pytest_benchmark || { echo "pytest-benchmark is not installed"; return; } ;;
         tune)
             for module in triton typer rich tqdm; do has "$module" || { echo "$module is not installed"; return; }; done ;;
     esac
     [[ "$1" != sanitizer ]] || command -v compute-sanitizer > /dev/null || { echo "compute-sanitizer is not installed"; return; }
-    case "$1" in tests-gpu | tests-kernels | sanitizer | layer-* | kernels | host | tune) [[ -n "$gpu" ]] || echo "no CUDA device" ;; esac
+    case "$1" in tests-gpu | tests-kernels | sanitizer | layer-* | kernels | model | host | tune) [[ -n "$gpu" ]] || echo "no CUDA device" ;; esac
 }
 
 # Set `command` to the command of a part.
@@ -84,6 +86,9 @@ command_of() {
         kernels)
             command=("$PYTHON" -m benchmarks.kernel_times --output "$OUT/$1.json"
                 --contenders frozen neat neat_half neat_lora peft_lora_half lora_by_hand) ;;
+        model)
+            command=("$PYTHON" -m benchmarks.model_step --device cuda --model llama-3.2-3b --dtype bfloat16 --threads 8
+                --contenders frozen neat peft_lora peft_lora_half peft_peanut --output "$OUT/$1.json") ;;
         host) command=("$PYTHON" -m benchmarks.host_cost --device cuda --profile --output "$OUT/$1.json") ;;
         pytest) command=("$PYTHON" -m pytest benchmarks --benchmark-json "$OUT/pytest.json") ;;
         # What has begun is finished: the rest of the part's time is for that.

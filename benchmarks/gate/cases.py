@@ -167,8 +167,9 @@ def _compute_words(launch: Launch) -> str:
 
 
 def _narrow_words(launch: Launch, words: str, large: str) -> str:
-    """Of the features' product with a narrow operand: an fp32 one is taken apart where the large operand is bf16."""
-    return "bf16" if words == "tf32" and launch.tensors[large].dtype == torch.bfloat16 else words
+    """Of the features' product with a narrow operand: an fp32 one may be taken apart over a large one in bf16."""
+    apart = launch.arguments["PIECES"] and launch.tensors[large].dtype == torch.bfloat16
+    return "bf16" if words == "tf32" and apart else words
 
 
 def _reads(*names: str) -> dict[str, int]:

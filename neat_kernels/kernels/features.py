@@ -44,13 +44,14 @@ def _project_kernel(
     DEPTH: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
+    PIECES: tl.constexpr,
 ):
     piece = tl.program_id(1)
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     z = tall_times_narrow(
         w_ptr, a_ptr, None, None, offs_m, rows, length, piece, steps,
         stride_wm, stride_wl, stride_al, stride_ar, 0, 0, 0,
-        R, BLOCK_L, BLOCK_R, COMPUTE, None, False, PRECISION, True,
+        R, BLOCK_L, BLOCK_R, COMPUTE, None, False, PRECISION, PIECES,
     )  # [BLOCK_M, BLOCK_R]  # fmt: skip
     offs, mask = narrow_tile(offs_m, rows, R, BLOCK_R)
     tl.store(z_ptr + tl.cast(piece, tl.int64) * rows * R + offs, z, mask=mask)
@@ -161,6 +162,7 @@ def _prepare_project(
         DEPTH=depth,
         SPLIT=pieces > 1,
         PRECISION=launch.branch_precision(place),
+        PIECES=launch.takes_pieces(place),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -81,6 +81,7 @@ def _weight_kernel(
     BLOCK: tl.constexpr,
     BLOCK_PIECES: tl.constexpr,
     PRECISION: tl.constexpr,
+    PIECES: tl.constexpr,
 ):
     pid, piece = tl.program_id(0), tl.program_id(1)
     if pid < blocks:
@@ -89,7 +90,7 @@ def _weight_kernel(
         acc = tall_times_narrow(
             w_ptr, dh_ptr, z_ptr, None, offs_m, rows, length, piece, steps,
             stride_wm, stride_wl, stride_dhl, stride_dhr, 0, 0, 0,
-            R, BLOCK_L, BLOCK_R, tl.float32, ACTIVATION, False, PRECISION, True,
+            R, BLOCK_L, BLOCK_R, tl.float32, ACTIVATION, False, PRECISION, PIECES,
         )  # [BLOCK_M, BLOCK_R]  # fmt: skip
         da_ptrs = da_ptr + tl.cast(piece, tl.int64) * rows * R + offs_r.to(tl.int64)[None, :] * rows + offs_m[:, None]
         tl.store(da_ptrs, acc.to(da_ptr.dtype.element_ty), mask=(offs_m < rows)[:, None] & (offs_r < R)[None, :])
@@ -204,6 +205,7 @@ def _prepare_weight(
         BLOCK=BLOCK,
         BLOCK_PIECES=block_pieces(BLOCK),
         PRECISION=launch.branch_precision(place),
+        PIECES=launch.takes_pieces(place),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -249,6 +249,14 @@ def branch_precision(device: Place) -> str:
     return "tf32x3" if target(device).arch.startswith("sm_") else "ieee"
 
 
+def takes_pieces(device: Place) -> bool:
+    """Whether an fp32 operand of the features is taken apart over a bf16 W (kernels/skinny.py).
+
+    On 9.0 that was measured; elsewhere the pieces of a tile spill at some ranks (python -m benchmarks.gate).
+    """
+    return target(device).arch in ("sm_90", "interpreter")
+
+
 def has_descriptors(device: Place) -> bool:
     """Whether the GEMM copies its tiles by tensor descriptor (TMA).
 

@@ -86,6 +86,7 @@ def _stacked_kernel(
     COMPUTE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
+    PIECES: tl.constexpr,
 ):
     piece = tl.program_id(1)
     offs_m, offs_t = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_T)
@@ -100,7 +101,7 @@ def _stacked_kernel(
         t = _wide_tile(t_ptr, offs_l, offs_t, last, tokens, stride_tl, stride_tm)  # [BLOCK_L, BLOCK_T]
         f = _narrow_tile(f_ptr, z_ptr, offs_l, last, stride_f, stride_fr, R, BLOCK_R, ACTIVATION)  # [BLOCK_L, BLOCK_R]
         p = tl.dot(v.to(c), t, p, input_precision="ieee")
-        q = narrow_dot(v, f, q, COMPUTE, PRECISION, False)
+        q = narrow_dot(v, f, q, COMPUTE, PRECISION, PIECES)
     wide_piece = tl.cast(piece, tl.int64)
     _store_tokens(p_ptr + wide_piece * tokens * rows, p, offs_t, offs_m, tokens, rows)
     _store_narrow(q_ptr + wide_piece * rows * R, q, offs_m, rows, stride_q, stride_qr, R, BLOCK_R)
@@ -134,6 +135,7 @@ def _crossed_kernel(
     COMPUTE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
+    PIECES: tl.constexpr,
 ):
     pid, piece = tl.program_id(0), tl.program_id(1)
     offs_l, offs_t = pid * BLOCK_L + tl.arange(0, BLOCK_L), tl.arange(0, BLOCK_T)
@@ -147,7 +149,7 @@ def _crossed_kernel(
         offs_m = start + tl.arange(0, BLOCK_M)
         v = _wide_tile(v_ptr, offs_m, offs_l, last, length, stride_vm, stride_vl)  # [BLOCK_M, BLOCK_L]
         f = _narrow_tile(f_ptr, z_ptr, offs_m, last, stride_f, stride_fr, R, BLOCK_R, ACTIVATION)  # [BLOCK_M, BLOCK_R]
-        q = narrow_dot(tl.trans(v), f, q, COMPUTE, PRECISION, True)
+        q = narrow_dot(tl.trans(v), f, q, COMPUTE, PRECISION, PIECES)
         p = tl.dot(v.to(c), t, input_precision="ieee")  # [BLOCK_M, BLOCK_T]
         _store_tokens(p_ptr, p, offs_t, offs_m, tokens, rows)
     q_ptr += tl.cast(piece, tl.int64) * length * R
@@ -218,6 +220,8 @@ def _prepare(
         COMPUTE=launch.TRITON_DTYPES[compute],
         ACTIVATION=activation,
         PRECISION=launch.branch_precision(place),
+        # Stacked with pieces, tiny matrices ended in an illegal memory access on an H200 (docs/performance-log.md).
+        PIECES=crossed and launch.takes_pieces(place),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
