@@ -193,8 +193,8 @@ def test_the_run_says_how_to_load_what_it_left(left):
 
 def test_an_earlier_run_is_replaced_only_when_asked(left):
     folder, _, command = left
-    os.rename(folder / "out" / "results.json", folder / "kept.json")
-    os.rename(folder / "out" / "curves.png", folder / "kept.png")
+    for name in ("results.json", "curves.png", "report.html"):
+        os.rename(folder / "out" / name, folder / name)
     result = run(*command)
     assert result.exit_code == 2
     assert "holds probe of an earlier run" in result.output
