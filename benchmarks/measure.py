@@ -19,12 +19,16 @@ class WrongResultError(AssertionError):
 
 def run(layer: Layer, problem: Problem) -> Tensor:
     """One forward and backward from cleared gradients; returns y."""
-    problem.x.grad = None
-    for parameter in layer.trainable.values():
-        parameter.grad = None
+    _clear_gradients(layer, problem)
     y = layer.forward(problem.x)
     y.backward(problem.dy)
     return y
+
+
+def _clear_gradients(layer: Layer, problem: Problem) -> None:
+    problem.x.grad = None
+    for parameter in layer.trainable.values():
+        parameter.grad = None
 
 
 def check(contender: Contender, layer: Layer, problem: Problem) -> dict[str, float]:
@@ -104,9 +108,7 @@ def _pass_ms(one_pass: Callable[[], None], problem: Problem) -> float:
 
 def peak_bytes(layer: Layer, problem: Problem) -> int:
     """The most that one forward and backward of a warm layer has allocated at a time on a GPU, y and gradients too."""
-    problem.x.grad = None
-    for parameter in layer.trainable.values():
-        parameter.grad = None
+    _clear_gradients(layer, problem)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.models import MODELS, Model
+from benchmarks.models import ALL_LINEAR, MODELS, Model
 from benchmarks.provenance import ROOT, provenance, write_json
 from neat_kernels.finetune.memory import peak_of_step
 
@@ -142,7 +142,7 @@ def _measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
     settings, device = MODELS[options.model], torch.device(options.device)
     model = settings.build(getattr(torch, options.dtype), device)
-    targets = list(settings.all_linear if options.targets == "all-linear" else settings.targets)
+    targets = list(ALL_LINEAR if options.targets == "all-linear" else settings.targets)
     shape = (settings.batch, settings.length)
     ids = torch.randint(settings.config["vocab_size"], shape, generator=torch.Generator().manual_seed(1)).to(device)
     with torch.no_grad():

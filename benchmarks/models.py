@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,9 +25,6 @@ class Model:
     r: int
     batch: int
     length: int
-    all_linear: tuple[str, ...] = field(
-        default=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    )
 
     @property
     def tokens(self) -> int:
@@ -61,6 +58,8 @@ def _llama(layers: int, hidden: int, intermediate: int, heads: int, kv_heads: in
     }
 
 
+# Every linear layer but the output head.
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _Q_AND_V = ("q_proj", "v_proj")
 MODELS = {
     # meta-llama/Llama-3.2-3B in the setting of PEFT's own benchmark of methods.

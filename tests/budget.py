@@ -15,6 +15,9 @@ from torch import Tensor
 import neat_kernels as nk
 
 UNIT_ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-24, torch.float16: 2.0**-24}
+# Of TF32x3, which multiplies fp32 on tensor cores: an operand is two pieces of 11 bits, and the product of the lower
+# ones is left out.
+UNIT_TF32X3 = 3 * 2.0**-22
 
 
 @dataclass

@@ -5,7 +5,7 @@ The tests in tests/kernels run on a GPU too, unchanged; these come on top of the
 
 import pytest
 import torch
-from budget import assert_within_budget, branch_rounding, draw_case, evaluate
+from budget import UNIT_TF32X3, assert_within_budget, branch_rounding, draw_case, evaluate
 from cuda_graphs import capture
 
 import neat_kernels as nk
@@ -21,12 +21,8 @@ SHAPES = [(2048, 1024, 768, 16), (515, 2304, 1536, 33), (300, 1031, 1031, 8)]
 
 @pytest.fixture(params=["fused", "cublas"])
 def plan(request, monkeypatch):
-    use_plan(monkeypatch, request.param)
+    monkeypatch.setattr("neat_kernels.plan.choose_gemm", lambda device, dtype, length: request.param)
     return request.param
-
-
-def use_plan(monkeypatch, plan):
-    monkeypatch.setattr("neat_kernels.plan.choose_gemm", lambda device, dtype, length: plan)
 
 
 def on_gpu(*shape, **options):
@@ -37,8 +33,7 @@ def check(case, plan, **more):
     fused = evaluate(nk.functional.neat_linear, case, backend="triton", **more)
     eager = evaluate(nk.reference.neat_linear, case, **more)
     rounded_twice = plan == "cublas" and case.x.dtype in HALF_DTYPES
-    # TF32x3 holds an operand in two pieces of 11 bits each, and leaves out the product of the lower ones.
-    unit = 3 * 2.0**-22 if case.x.dtype == torch.float32 else None
+    unit = UNIT_TF32X3 if case.x.dtype == torch.float32 else None
     assert_within_budget(fused, eager, case, branch_rounding(case) if rounded_twice else None, unit)
 
 

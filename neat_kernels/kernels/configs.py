@@ -182,12 +182,6 @@ CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
         "sm_120": {128: Config(32, 64, 0, 4, 1)},
         "gfx942": {32: Config(32, 128, 0, 4, 1), 128: Config(16, 64, 0, 4, 1)},
     },
-    "finish dropout": {
-        "default": {32: Config(32, 128, 0, 4, 1), 128: Config(32, 64, 0, 4, 1)},
-        "sm_90": {16: Config(16, 256, 0, 4, 1), 32: Config(16, 128, 0, 4, 1), 128: Config(32, 64, 0, 4, 1)},
-        "sm_120": {128: Config(32, 64, 0, 4, 1)},
-        "gfx942": {32: Config(32, 128, 0, 4, 1), 128: Config(16, 64, 0, 4, 1)},
-    },
     "finish fp32": {
         "default": {32: Config(16, 64, 0, 4, 1), 128: Config(32, 32, 0, 4, 1)},
         "sm_90": {
@@ -250,4 +244,8 @@ CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
         "default": {16: Config(64, 0, 0, 4, 1), 32: Config(32, 0, 0, 4, 1), 128: Config(16, 0, 0, 8, 1)},
         "sm_100": {32: Config(32, 0, 0, 4, 1), 128: Config(16, 0, 0, 8, 1)},
     },
+}
+# On 9.0 the mask takes the registers of a wider tile.
+CONFIGS["finish dropout"] = CONFIGS["finish"] | {
+    "sm_90": {16: Config(16, 256, 0, 4, 1), 32: Config(16, 128, 0, 4, 1), 128: Config(32, 64, 0, 4, 1)},
 }

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import triton
-from budget import Case, assert_within_budget, branch_rounding, draw_case, evaluate
+from budget import UNIT_TF32X3, Case, assert_within_budget, branch_rounding, draw_case, evaluate
 from torch import Tensor
 
 import neat_kernels as nk
@@ -18,10 +18,6 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED el
 RUNS = INTERPRETED or DEVICE.type == "cuda"
 
 interpreter_only = pytest.mark.skipif(not INTERPRETED, reason="shows something of the interpreter alone")
-
-# TF32x3, which multiplies fp32 on tensor cores, holds an operand in two pieces of 11 bits each, and leaves out the
-# product of the lower ones.
-_UNIT_TF32X3 = 3 * 2.0**-22
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TINY = (5, 7, 6, 3)
@@ -43,7 +39,7 @@ def check(case: Case, *, frozen: Iterable[str] = (), plan: str = "fused", **more
     eager = evaluate(nk.reference.neat_linear, case, frozen, **more)
     extra = branch_rounding(case) if plan == "cublas" and case.x.dtype in HALF_DTYPES else None
     in_pieces = not INTERPRETED and case.x.dtype == torch.float32 and launch.branch_precision(DEVICE) == "tf32x3"
-    assert_within_budget(results, eager, case, extra, _UNIT_TF32X3 if in_pieces else None)
+    assert_within_budget(results, eager, case, extra, UNIT_TF32X3 if in_pieces else None)
     return results
 
 
