@@ -238,8 +238,7 @@ def up_backward_fill(device: Place) -> float:
     """How often the up stage backward fills a device: more programs write more partial sums.
 
     From sm_90 a program has two tiles of 32 KiB or more under way, and one for each multiprocessor is the fastest: on
-    an H200 at M=8192, N=4096, r=16 half of them takes 30.3 µs, all 22.0 and twice as many 24.3
-    (docs/performance-log.md).
+    an H200 at M=8192, N=4096, r=16 half of them takes 30.3 µs and all of them 21.9 (docs/performance-log.md).
     """
     return 1.0 if target(device).arch in ("sm_90", "sm_100") else 2.0
 
