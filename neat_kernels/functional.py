@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from neat_kernels.ops.features import FEATURES
-from neat_kernels.ops.low_rank import LOW_RANK_LINEAR
+from neat_kernels.ops.low_rank import LOW_RANK_ADD, LOW_RANK_LINEAR
 from neat_kernels.ops.neat import NEAT_LINEAR
 from neat_kernels.plan import choose_backend, token_backend
 from neat_kernels.torch_backend.dropout import draw_seed
@@ -24,7 +24,7 @@ from neat_kernels.vocabulary import (
     check_scaling,
 )
 
-__all__ = ["low_rank_linear", "neat_features", "neat_linear"]
+__all__ = ["low_rank_add", "low_rank_linear", "neat_features", "neat_linear"]
 
 
 def neat_linear(
@@ -202,6 +202,69 @@ def low_rank_linear(
     return y
 
 
+def low_rank_add(
+    x: Tensor,
+    base: Tensor,
+    down: Tensor,
+    up: Tensor,
+    *,
+    scaling: float = 1.0,
+    dropout: float = 0.0,
+    training: bool = False,
+    compute_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The low-rank branch alone, added to what another layer has made of x: for a W that only that layer can multiply.
+
+    S = x̃·D;  y = base + s·S·Uᵀ;  x̃ is x under dropout.
+
+    Args:
+        x: [..., K], any rank >= 1.
+        base: [..., N], the other layer's output; left as it is.
+        down: D [K,r], any float dtype.
+        up: U [N,r], any float dtype.
+        scaling: s.
+        dropout: probability in [0, 1) of dropping an element of x.
+        training: whether dropout is active.
+        compute_dtype: dtype of the branch; None is x's, torch.float32 is the only other one for half inputs.
+        backend: "auto", or a backend that runs or raises.
+
+    Returns:
+        y [..., N] in base's dtype.
+
+    Raises:
+        ValueError: a shape, dtype, device or option is not as above.
+        BackendUnavailableError: `backend` cannot run here.
+    """
+    r = down.shape[-1] if down.ndim else 0
+    if down.ndim != 2 or up.ndim != 2 or r < 1 or up.shape[1] != r:
+        raise ValueError(f"down and up must be [in, r] and [out, r], got {tuple(down.shape)} and {tuple(up.shape)}")
+    (in_features, _), (out_features, _) = down.shape, up.shape
+    if x.ndim < 1 or x.shape[-1] != in_features:
+        raise ValueError(f"x must be [..., {in_features}] for down {tuple(down.shape)}, got {tuple(x.shape)}")
+    if tuple(base.shape) != (*x.shape[:-1], out_features):
+        raise ValueError(f"base must be {(*x.shape[:-1], out_features)}, got {tuple(base.shape)}")
+    for name, t in {"x": x, "base": base, "down": down, "up": up}.items():
+        _check_float(name, t)
+    _check_device(x.device, base=base, down=down, up=up)
+    _check_branch(x, scaling, dropout, compute_dtype)
+    _check_no_tangent(x, base, down, up)
+    seed = draw_seed(x) if training and dropout > 0.0 else None
+    chosen = choose_backend(backend, x.device, (x.dtype, base.dtype, down.dtype, up.dtype), r)
+    y, _ = LOW_RANK_ADD(
+        x,
+        base,
+        down,
+        up,
+        seed,
+        float(scaling),
+        dropout if seed is not None else 0.0,
+        compute_dtype,
+        token_backend(chosen, x.device, autocast_dtype(x), in_features, out_features),
+    )
+    return y
+
+
 def _check_weight(weight: Tensor) -> None:
     if weight.ndim != 2:
         raise ValueError(f"weight must be [out_features, in_features], got shape {tuple(weight.shape)}")
@@ -243,9 +306,8 @@ def _check_tokens(
         raise ValueError(f"x must be [..., {in_features}] for a weight {tuple(weight.shape)}, got {tuple(x.shape)}")
     if bias is not None and tuple(bias.shape) != (out_features,):
         raise ValueError(f"bias must be [{out_features}], got {tuple(bias.shape)}")
-    _check_dtypes(x, weight, bias, compute_dtype)
-    check_scaling(scaling)
-    check_dropout(dropout)
+    _check_dtypes(x, weight, bias)
+    _check_branch(x, scaling, dropout, compute_dtype)
 
 
 def _check_network(
@@ -271,14 +333,19 @@ def _check_network(
     return _stack_chain(encoders, decoders, A)
 
 
-def _check_dtypes(x: Tensor, weight: Tensor, bias: Tensor | None, compute_dtype: torch.dtype | None) -> None:
+def _check_dtypes(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     _check_float("x", x)
-    dtype = autocast_dtype(x)
     autocast = torch.is_autocast_enabled(x.device.type)
     if x.dtype != weight.dtype and not (autocast and torch.float64 not in (x.dtype, weight.dtype)):
         raise ValueError(f"x must have the weight's dtype {weight.dtype} outside autocast, got {x.dtype}")
     if bias is not None and bias.dtype != weight.dtype:
         raise ValueError(f"bias must have the weight's dtype {weight.dtype}, got {bias.dtype}")
+
+
+def _check_branch(x: Tensor, scaling: float, dropout: float, compute_dtype: torch.dtype | None) -> None:
+    check_scaling(scaling)
+    check_dropout(dropout)
+    dtype = autocast_dtype(x)
     if compute_dtype is None or compute_dtype == dtype:
         return
     check_compute_dtype(compute_dtype)

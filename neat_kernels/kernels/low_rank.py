@@ -32,6 +32,15 @@ def forward(
         return apply(x, weight.to(x.dtype), bias, S, U, branch.scaling, y), S
 
 
+def add(x: Tensor, base: Tensor, D: Tensor, U: Tensor, seed: Tensor | None, branch: Branch) -> tuple[Tensor, Tensor]:
+    """base + s·S·Uᵀ [M,N] in base's dtype and S [M,r] in the branch dtype; base is read and left alone."""
+    with launch.on(x.device):
+        product = Product(U, None, branch.scaling, x.dtype)
+        S, y = down(x, D, seed, branch.dropout, branch.compute_dtype or x.dtype, product)
+        assert y is not None
+        return y.add_(base) if y.dtype == base.dtype else (base + y).to(base.dtype), S
+
+
 def backward(
     dy: Tensor,
     x: Tensor | None,
@@ -43,18 +52,21 @@ def backward(
     branch: Branch,
     needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, ddown, dup and dbias; empty tensors stand for gradients that nobody asked for."""
+    """dx, ddown, dup and dbias; empty tensors stand for gradients that nobody asked for. No W: dx of the branch."""
     dx, ddown = dy.new_empty(0), dy.new_empty(0)
     with launch.on(dy.device):
         S = None if S is None else S.contiguous()
         U = U if needs.dx or needs.ddown is not None else None
         c = branch.compute_dtype or dy.dtype
         product = None
-        if needs.dx and gemm_plans(branch.backend)[1] == "cublas":
+        if needs.dx and (weight is None or gemm_plans(branch.backend)[1] == "cublas"):
             assert D is not None
             product = Product(D, None, 1.0, dy.dtype, seed, branch.dropout)
         dS, dup, dbias, onto = up_backward(dy, U, S, branch.scaling, c, needs.dup, needs.dbias, product)
-        if needs.dx:
+        if needs.dx and weight is None:
+            assert onto is not None
+            dx = onto
+        elif needs.dx:
             assert weight is not None
             assert D is not None
             assert dS is not None

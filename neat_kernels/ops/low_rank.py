@@ -1,4 +1,7 @@
-"""neat_kernels::low_rank_linear: y, S = x·Wᵀ + bias + s·S·Uᵀ, x̃·D, with its backward."""
+"""neat_kernels::low_rank_linear: y, S = x·Wᵀ + bias + s·S·Uᵀ, x̃·D, with its backward.
+
+neat_kernels::low_rank_add is the branch alone, onto what another layer has made of x: y, S = base + s·S·Uᵀ, x̃·D.
+"""
 
 from __future__ import annotations
 
@@ -98,8 +101,8 @@ def _fake_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dx, ddown, dup, dbias = (dy.new_empty(0) for _ in range(4))
     if need_dx:
-        assert weight is not None
-        dx = dy.new_empty((*dy.shape[:-1], weight.shape[1]))
+        assert down is not None
+        dx = dy.new_empty((*dy.shape[:-1], down.shape[0]))
     if ddown_dtype is not None:
         assert x is not None
         assert up is not None
@@ -151,6 +154,73 @@ def _backward(ctx: Any, dy: Tensor | None, dS: None) -> tuple[Tensor | None, ...
     )
 
 
+def _low_rank_add(
+    x: Tensor,
+    base: Tensor,
+    down: Tensor,
+    up: Tensor,
+    seed: Tensor | None,
+    scaling: float,
+    dropout: float,
+    compute_dtype: torch.dtype | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    branch = Branch(scaling, dropout, compute_dtype, backend)
+    y, S = implementation("low_rank", backend).add(as_rows(x), as_rows(base), down, up, seed, branch)
+    return with_columns(y, base), S
+
+
+def _fake_add(
+    x: Tensor,
+    base: Tensor,
+    down: Tensor,
+    up: Tensor,
+    seed: Tensor | None,
+    scaling: float,
+    dropout: float,
+    compute_dtype: torch.dtype | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    S = x.new_empty((math.prod(x.shape[:-1]), down.shape[1]), dtype=compute_dtype or x.dtype)
+    return base.new_empty(base.shape), S
+
+
+def _setup_add(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, _, down, up, seed, *ctx.branch, ctx.backend = inputs
+    need_dx, _, need_ddown, need_dup = ctx.needs_input_grad[:4]
+    S = output[1]
+    ctx.mark_non_differentiable(S)
+    ctx.set_materialize_grads(False)
+    ctx.dtype = x.dtype
+    ctx.needs = need_dx, down.dtype if need_ddown else None, up.dtype if need_dup else None
+    ctx.save_for_backward(
+        x if need_ddown else None,
+        down if need_dx else None,
+        up if need_dx or need_ddown else None,
+        S if need_dup else None,
+        seed,
+    )
+
+
+def _add_backward(ctx: Any, dy: Tensor | None, dS: None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 9
+    need_dx, ddown_dtype, dup_dtype = ctx.needs
+    dx, ddown, dup = None, None, None
+    if need_dx or ddown_dtype is not None or dup_dtype is not None:
+        x, down, up, S, seed = ctx.saved_tensors
+        dx, ddown, dup, _ = _BACKWARD(
+            dy.to(ctx.dtype), x, None, down, up, S, seed, *ctx.branch, *ctx.needs, None, ctx.backend
+        )
+    return (
+        dx if need_dx else None,
+        dy if ctx.needs_input_grad[1] else None,
+        ddown if ddown_dtype is not None else None,
+        dup if dup_dtype is not None else None,
+        *(None,) * 5,
+    )
+
+
 def cast_tokens(x: Tensor) -> Tensor:
     """x as autocast wants it: W is cast inside the operator, so that autograd saves W itself and no copy of it."""
     return x.to(autocast_dtype(x))
@@ -170,5 +240,14 @@ LOW_RANK_LINEAR = register(
     _fake,
     _backward,
     _setup,
+    cast_tokens,
+)
+LOW_RANK_ADD = register(
+    "low_rank_add(Tensor x, Tensor base, Tensor down, Tensor up, Tensor? seed, float scaling, float dropout, "
+    "ScalarType? compute_dtype, str backend) -> (Tensor, Tensor)",
+    _low_rank_add,
+    _fake_add,
+    _add_backward,
+    _setup_add,
     cast_tokens,
 )

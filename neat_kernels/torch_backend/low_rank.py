@@ -66,6 +66,18 @@ def forward(
     return y.addmm_(x, weight.t()), S
 
 
+def add(
+    x: Tensor, base: Tensor, down: Tensor, up: Tensor, seed: Tensor | None, branch: Branch
+) -> tuple[Tensor, Tensor]:
+    """base + s·S·Uᵀ [M,N] in base's dtype and S [M,r] in the branch dtype; base is read and left alone."""
+    c = branch.compute_dtype or x.dtype
+    S = _down(x, down.to(c), seed, branch)
+    if c == base.dtype and not casts_blocks(x.device, c):
+        return torch.addmm(base, S, up.to(c).t(), alpha=branch.scaling), S
+    wide = torch.promote_types(wide_dtype(base), c)
+    return _add_wide(base.clone(), S.to(wide), up.to(c).to(wide).t(), branch.scaling), S
+
+
 def backward(
     dy: Tensor,
     x: Tensor | None,
@@ -77,7 +89,7 @@ def backward(
     branch: Branch,
     needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, ddown, dup and dbias; empty tensors stand for gradients that nobody asked for."""
+    """dx, ddown, dup and dbias; empty tensors stand for gradients that nobody asked for. No W: dx of the branch."""
     c = branch.compute_dtype or dy.dtype
     wide = wide_dtype(dy)
     dx, ddown, dup, dbias = (dy.new_empty(0) for _ in range(4))
@@ -85,9 +97,11 @@ def backward(
         assert up is not None
         dS = rows_times(dy, up.to(c), wide).mul_(branch.scaling).to(c)
     if needs.dx:
-        assert weight is not None
         assert down is not None
-        dx = _dgrad(dy, weight, dS, down.to(c), seed, branch)
+        if weight is None:
+            dx = _branch_dgrad(dS, down.to(c), seed, branch, dy.dtype)
+        else:
+            dx = _dgrad(dy, weight, dS, down.to(c), seed, branch)
     if needs.ddown is not None:
         assert x is not None
         ddown = transposed(_down_backward(x, dS, seed, branch), needs.ddown)
@@ -139,10 +153,15 @@ def _dgrad(dy: Tensor, weight: Tensor, dS: Tensor, D: Tensor, seed: Tensor | Non
     if D.dtype != dy.dtype:
         dx = torch.mm(dy, weight)
         return _add_wide(dx, dS, D.t(), 1.0, seed, branch.dropout)
+    return _branch_dgrad(dS, D, seed, branch, dy.dtype).addmm_(dy, weight)
+
+
+def _branch_dgrad(dS: Tensor, D: Tensor, seed: Tensor | None, branch: Branch, dtype: torch.dtype) -> Tensor:
+    """(dS·Dᵀ) ∘ mask / (1 - p) [M,K]."""
     dx = torch.mm(dS, D.t())
     for rows in _token_blocks(dx.shape[0]) if seed is not None else ():
         _drop_(dx[rows], seed, rows, branch.dropout)
-    return dx.addmm_(dy, weight)
+    return dx.to(dtype)
 
 
 def _add_wide(
