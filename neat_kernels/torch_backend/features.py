@@ -27,8 +27,24 @@ def forward(
             Z = transposed(transposed_times(weight, A.t(), wide), wide)
         else:
             Z = rows_times(weight, A.t(), wide)
-        trace = _chain_forward(Z, _wide_chain(chain, wide), activation(activation_name))
-    return trace[-1], Z
+    return network(Z, chain, activation_name), Z
+
+
+def network(Z: Tensor, chain: Tensor | None, activation_name: str) -> Tensor:
+    """H = g(Z) in Z's dtype."""
+    with ieee_fp32(Z.device):
+        return _chain_forward(Z, _wide_chain(chain, Z.dtype), activation(activation_name))[-1]
+
+
+def network_backward(
+    dH: Tensor, Z: Tensor, chain: Tensor | None, activation_name: str, need_dchain: bool
+) -> tuple[Tensor, Tensor]:
+    """dZ in Z's dtype and dchain [2p,r,r] in the chain's, empty where it is not needed."""
+    with ieee_fp32(Z.device):
+        dZ, dchain = _chain_backward(
+            dH.to(Z.dtype), Z, _wide_chain(chain, Z.dtype), activation(activation_name), need_dchain
+        )
+    return dZ, Z.new_empty(0) if chain is None or not need_dchain else dchain.to(chain.dtype)
 
 
 def backward(
@@ -42,19 +58,16 @@ def backward(
     need_dchain: bool,
 ) -> tuple[Tensor, Tensor]:
     """dA [r,N] or [r,K] and dchain [2p,r,r], each in its parameter's dtype; empty where it is not needed."""
-    wide = Z.dtype
-    with ieee_fp32(Z.device):
-        dZ, dchain = _chain_backward(dH.to(wide), Z, _wide_chain(chain, wide), activation(activation_name), need_dchain)
-        dA = Z.new_empty(0)
-        if dA_dtype is not None:
-            assert weight is not None
+    dZ, dchain = network_backward(dH, Z, chain, activation_name, need_dchain)
+    dA = Z.new_empty(0)
+    if dA_dtype is not None:
+        assert weight is not None
+        with ieee_fp32(Z.device):
             if orientation == "out":
-                dA = transposed(rows_times(weight, dZ, wide), dA_dtype)
+                dA = transposed(rows_times(weight, dZ, Z.dtype), dA_dtype)
             else:
-                dA = transposed_times(weight, dZ, wide).to(dA_dtype)
-    if chain is None or not need_dchain:
-        return dA, Z.new_empty(0)
-    return dA, dchain.to(chain.dtype)
+                dA = transposed_times(weight, dZ, Z.dtype).to(dA_dtype)
+    return dA, dchain
 
 
 def _wide_chain(chain: Tensor | None, wide: torch.dtype) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""The branch onto another layer's output on the kernels: y and every gradient against float64, dropout against torch."""
+"""The branch onto another layer's output on the kernels: y and gradients against float64, dropout against torch."""
 
 import pytest
 import torch
