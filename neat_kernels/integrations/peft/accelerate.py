@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from neat_kernels.cache import FeatureCache
 from neat_kernels.integrations.peft.branches import Settings, route
 from neat_kernels.integrations.peft.fused import FusedLayer, FusedNetworks, after_load
 from neat_kernels.integrations.peft.lora import FusedLoraLinear
-from neat_kernels.integrations.peft.packed_merge import quantization_of
+from neat_kernels.integrations.peft.merging import quantization_of
 from neat_kernels.integrations.peft.peanut import FusedPeanutLinear
 from neat_kernels.plan import choose_backend
 from neat_kernels.vocabulary import BACKENDS, check_choice, check_compute_dtype
@@ -118,7 +119,7 @@ def _check_backend(layer: Any, backend: str) -> None:
         choose_backend(backend, weight.device, (torch.float32,), 1)
 
 
-def _switch(layer: Any, settings: Settings, quantization: dict[str, Any]) -> None:
+def _switch(layer: Any, settings: Settings, quantization: Mapping[str, Any]) -> None:
     first = type(layer) in _FUSED
     layer._neat_settings = settings
     if first:

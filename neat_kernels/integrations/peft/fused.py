@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from neat_kernels.cache import FeatureCache
@@ -19,13 +20,14 @@ from neat_kernels.integrations.peft.branches import (
     run_branches,
     run_network,
 )
-from neat_kernels.integrations.peft.packed_merge import (
+from neat_kernels.integrations.peft.merging import (
     Original,
     delta_of_packed,
-    merge_packed,
+    merge_from_original,
     original_base,
     packed_base,
-    unmerge_packed,
+    quantise_merged,
+    unmerge,
 )
 from neat_kernels.plan import make_plan
 from neat_kernels.vocabulary import autocast_dtype
@@ -71,17 +73,20 @@ class FusedLayer(nn.Module):
         base = self.get_base_layer()
         r, dtype = self._rank_and_dtype(names)
         plan = make_plan(
-            self._neat_settings.backend, x.device, autocast_dtype(x), dtype, r, _size(base, "in"), _size(base, "out")
+            self._settings().backend, x.device, autocast_dtype(x), dtype, r, _size(base, "in"), _size(base, "out")
         )
         if way.weight is None:
             return f"the base layer is called ({way.why}), the branch is added: backend={plan.backend}"
         return str(plan)
 
+    def _settings(self) -> Settings:
+        return self._neat_settings
+
     def _route(self, names: list[str]) -> Route | str:
         for name in names:
             if obstacle := self._obstacle(name):
                 return f"adapter {name!r}: {obstacle}"
-        return route(self, self._neat_settings)
+        return route(self, self._settings())
 
     def _fused_names(self) -> list[str]:
         """The active adapters that this layer has."""
@@ -124,8 +129,12 @@ class FusedNetworks(FusedLayer):
         self._neat_cache.drop()
         if packed_base(self) is None:
             super().merge(safe_merge=safe_merge, adapter_names=adapter_names)  # type: ignore[misc]
-        else:
-            merge_packed(self, safe_merge, adapter_names)
+        elif names := self._to_merge(adapter_names):
+            merge_from_original(self, names, lambda every: quantise_merged(self, safe_merge, every))
+
+    def _to_merge(self, adapter_names: list[str] | None) -> list[str]:
+        known = self._known_names()
+        return [name for name in check_adapters_to_merge(self, adapter_names) or [] if name in known]
 
     def unmerge(self) -> None:
         """Put the base weight back; a quantised one is the very tensor from before merge()."""
@@ -133,7 +142,8 @@ class FusedNetworks(FusedLayer):
         if self._neat_original is None:
             super().unmerge()  # type: ignore[misc]
         else:
-            unmerge_packed(self)
+            unmerge(self)
+            self.invalidate()
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
         """Add an adapter, as PEFT does."""
@@ -145,9 +155,9 @@ class FusedNetworks(FusedLayer):
         branches = self._cached(way, networks, x)
         if branches is None:
             if way.weight is not None and len(networks) == 1:
-                return run_network(way, x, networks[0], self._neat_settings, self.training)
+                return run_network(way, x, networks[0], self._settings(), self.training)
             branches = [network.branch(way.features(network)) for network in networks]
-        return run_branches(self, way, x, branches, self._neat_settings, self.training)
+        return run_branches(self, way, x, branches, self._settings(), self.training)
 
     def _rank_and_dtype(self, names: list[str]) -> tuple[int, torch.dtype]:
         networks = [self._network(name) for name in names]
@@ -160,7 +170,7 @@ class FusedNetworks(FusedLayer):
         parameters = self._feature_parameters(networks)
         if not self._neat_cache.usable(parameters):
             return None
-        dtype = self._neat_settings.for_tokens(x)["compute_dtype"] or autocast_dtype(x)
+        dtype = self._settings().for_tokens(x)["compute_dtype"] or autocast_dtype(x)
         key = (dtype, *((n.orientation, n.activation, n.scaling) for n in networks))
         factors = self._neat_cache.get(parameters, key)
         if factors is None:

@@ -40,7 +40,7 @@ class FusedLoraLinear(FusedLayer, Linear):
 
     def _run(self, way: Route, names: list[str], x: Tensor) -> Tensor:
         branches = [self._branch(name) for name in names]
-        return run_branches(self, way, x, branches, self._neat_settings, self.training)
+        return run_branches(self, way, x, branches, self._settings(), self.training)
 
     def _branch(self, name: str) -> Branch:
         dropout = self.lora_dropout[name]
