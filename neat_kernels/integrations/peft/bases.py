@@ -67,9 +67,21 @@ def plain_weight(base: nn.Module) -> Tensor | None:
 
 def is_only_called(base: nn.Module) -> bool:
     """Whether something hangs on the call of `base`, so that it must be called."""
+    return "forward" in vars(base) or _has_hooks(base)
+
+
+def is_hooked_part(part: nn.Module) -> bool:
+    """Whether something hangs on the call of a part of an adapter that matters where the part is not called.
+
+    What accelerate puts on every module of a model that it spreads over devices only moves inputs, unless it offloads.
+    """
+    moves = "forward" in vars(part) and type(part.__dict__.get("_hf_hook")).__name__ == "AlignDevicesHook"
+    return _has_hooks(part) or ("forward" in vars(part) and not (moves and not part._hf_hook.offload))  # type: ignore[union-attr]
+
+
+def _has_hooks(base: nn.Module) -> bool:
     return bool(
-        "forward" in vars(base)
-        or base._forward_hooks
+        base._forward_hooks
         or base._forward_pre_hooks
         or base._backward_hooks
         or base._backward_pre_hooks

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from neat_kernels.cache import FeatureCache
-from neat_kernels.integrations.peft.bases import is_only_called
+from neat_kernels.integrations.peft.bases import is_hooked_part
 from neat_kernels.integrations.peft.branches import (
     Branch,
     Network,
@@ -236,7 +236,7 @@ def hangs_on(*linears: nn.Module) -> str | None:
     for linear in linears:
         if type(linear) is not nn.Linear:
             return f"a part of it is a {type(linear).__name__}, not nn.Linear"
-        if is_only_called(linear):
+        if is_hooked_part(linear):
             return "hooks hang on a part of it"
     return None
 

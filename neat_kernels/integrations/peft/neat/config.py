@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import peft
 import torch
 from peft.config import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import PeftType
 
 from neat_kernels.adapters.names import NEAT, by_pattern
@@ -46,6 +48,7 @@ class NeatConfig(PeftConfig):
     Raises:
         TypeError: a field has the wrong type.
         ValueError: a field has a value that is not as above.
+        NotImplementedError: PEFT is older than 0.21.
 
     Source: arXiv 2410.01870.
     """
@@ -81,6 +84,10 @@ class NeatConfig(PeftConfig):
         self._check()
 
     def _check(self) -> None:
+        if not hasattr(BaseTuner, "_remove_adapter_name_from_key"):
+            raise NotImplementedError(
+                f"NEAT needs PEFT 0.21 or newer, whose methods name their own tensors in a file; got {peft.__version__}"
+            )
         common = self._common()
         for pattern, r in self._patterns().items():
             check_int(f"rank_pattern[{pattern!r}]", r, 1)

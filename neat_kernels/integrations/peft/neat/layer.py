@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.nn import functional
 
+from neat_kernels import reference
 from neat_kernels.base_layer import as_matrix, is_conv1d
 from neat_kernels.cache import FeatureCache
 from neat_kernels.functional import neat_features
@@ -80,7 +82,7 @@ class NeatLayer(BaseTunerLayer):
 
 
 class _Unfused(nn.Module, NeatLayer):
-    """What a Neat layer does where the fused path does not run, and merging over a W that is not quantised."""
+    """What a Neat layer does where the fused path does not run, and merging into a W that is not quantised."""
 
     base_layer: Any
     _network: Any
@@ -105,14 +107,27 @@ class _Unfused(nn.Module, NeatLayer):
         self.update_layer(adapter_name, options, init_weights=init_weights, inference_mode=inference_mode)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer where adapters are merged or disabled; else an error that says why the layer cannot run."""
+        """The base layer where adapters are merged or disabled; eager torch where W is trained; else an error."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.disable_adapters or self.merged:
             return self.base_layer(x, *args, **kwargs)
         if args or kwargs:
             raise TypeError(f"a Neat layer takes x alone, got {len(args)} more arguments and keywords {sorted(kwargs)}")
+        if is_trained(self.get_base_layer()):
+            return self._eager(x)
         raise RuntimeError(f"this Neat layer cannot run: {self._route(self._fused_names())}")
+
+    def _eager(self, x: Tensor) -> Tensor:
+        """The same in torch's own operators, whose autograd reaches W; the features cast W whole."""
+        y, base = self.base_layer(x), self.get_base_layer()
+        weight = as_matrix(base.weight, is_conv1d(base))
+        for name in self._fused_names():
+            network = self._network(name)
+            down, up, scaling, dropout = network.branch(reference.neat_features(weight, network.A, **network.shape))
+            tokens = functional.dropout(x, dropout, self.training)
+            y = y + ((tokens.to(down.dtype) @ down) @ up.to(down.dtype).t() * scaling).to(y.dtype)
+        return y
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW of an adapter, of the W from before merging, in the layout and dtype of the weight."""
@@ -160,7 +175,8 @@ class NeatLinear(FusedNetworks, _Unfused):
         Args:
             x: an input of the layer; only its dtype, its device and the number of its tokens are looked at.
         """
-        return super().explain(x).replace("PEFT's own forward", "an error")
+        unfused = "eager torch" if is_trained(self.get_base_layer()) else "an error"
+        return super().explain(x).replace("PEFT's own forward", unfused)
 
     def _known_names(self) -> Collection[str]:
         return self.neat_A.keys()
@@ -197,6 +213,12 @@ def _backend(options: dict[str, LayerOptions]) -> str:
     if len(explicit) > 1:
         raise ValueError(f"the adapters of one layer must run on one backend, got {' and '.join(explicit)}")
     return explicit[0] if explicit else "auto"
+
+
+def is_trained(base: nn.Module) -> bool:
+    """Whether W takes part in autograd, as in the flat parameter that FSDP1 makes of a frozen W and what is trained."""
+    weight = getattr(base, "weight", None)
+    return isinstance(weight, Tensor) and weight.requires_grad
 
 
 def _sizes(base: Any) -> tuple[int, int]:
