@@ -347,6 +347,12 @@ def test_refuses_two_explicit_backends_in_one_layer():
     assert "other" not in layer.options
 
 
+def test_an_older_peft_is_refused(monkeypatch):
+    monkeypatch.delattr(peft.tuners.tuners_utils.BaseTuner, "_remove_adapter_name_from_key")
+    with pytest.raises(NotImplementedError, match=r"NEAT needs PEFT 0\.21 or newer"):
+        NeatConfig(target_modules=["up"])
+
+
 def test_accelerate_leaves_neat_layers_as_they_are():
     report = accelerate(block())
     assert not report.changed
