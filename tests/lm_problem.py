@@ -72,3 +72,16 @@ def texts(count=120):
 def write_jsonl(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def save_everything(folder):
+    """Every model, and the texts as texts, as prompts with answers and as chats."""
+    for kind in CONFIGS:
+        save_model(folder / kind, kind, chat_template=CHAT)
+    walks = texts()
+    (folder / "texts.txt").write_text("\n\n".join(walks))
+    prompts = [dict(zip(("q", "text"), walk.split(" ", 1), strict=True)) for walk in walks]
+    write_jsonl(folder / "prompts.jsonl", prompts)
+    chats = [[{"role": "user", "content": p["q"]}, {"role": "assistant", "content": p["text"]}] for p in prompts]
+    write_jsonl(folder / "chats.jsonl", [{"messages": chat} for chat in chats])
+    return folder

@@ -87,6 +87,10 @@ def test_the_splits_of_a_dataset_are_its_own(hub):
     hub({"train": columns("a", 4), "validation": columns("b", 2), "test": columns("a", 2)}, names=None)
     assert load_documents(settings(Path("name"))).notes == ("2 texts of training are in validation or test too",)
     hub({"train": columns("a", 4)}, names=None)
+    hub({"train": {"messages": [[{**CHAT[0], "content": f"cat{i}"}, CHAT[1]] for i in range(4)]}}, names=None)
+    chats = load_documents(settings(Path("name"), messages_column="messages"))
+    assert {d.messages[1] for d in chats.train} == {Message("assistant", "cat1 cat2")}
+    hub({"train": columns("a", 4)}, names=None)
     with pytest.raises(UsageError, match="name, train: --prompt-column 'q' is not there; columns are 'text'"):
         load_documents(settings(Path("name"), prompt_column="q"))
 
