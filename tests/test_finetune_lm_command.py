@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 import neat_kernels as nk
 from neat_kernels.cli import app
+from neat_kernels.finetune import tasks
 from neat_kernels.finetune.defaults import LM_LEARNING_RATES
 from neat_kernels.finetune.lm_batches import Encoder
 from neat_kernels.finetune.lm_data import load_documents
@@ -152,7 +153,17 @@ def test_ctrl_c_and_resume_reach_what_a_whole_run_does(folder, tmp_path):
         assert all(torch.equal(ours[key], value) for key, value in whole.items())
 
 
+def test_a_run_goes_on_only_with_the_same_rows(left, folder, monkeypatch):
+    output, _ = left
+    assert run(folder, output, "--method", ",".join(METHODS), "--resume").exit_code == 0
+    monkeypatch.setattr(tasks, "why_not_packed", lambda *arguments: "another version of transformers")
+    result = run(folder, output, "--method", ",".join(METHODS), "--resume")
+    assert result.exit_code == 2
+    assert "expected what the run was begun with, packed True; got False" in result.output
+
+
 REFUSED = {
+    "text column": (("--text-column", "text"), "texts.txt is text without columns: expected no --text-column, got one"),
     "task": (("--task", "seq2seq"), "--task must be one of classify, lm; got 'seq2seq'"),
     "probe": (("--method", "probe,neat"), "--method of --task lm must be one of lora, neat, full; got 'probe'"),
     "label": (("--label-column", "label"), "--label-column is read by --task classify only; --task is lm"),

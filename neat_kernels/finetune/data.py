@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from neat_kernels.finetune.settings import DATA_SUFFIXES, UsageError
+from neat_kernels.finetune.settings import DATA_SUFFIXES, TEXT_SUFFIX, UsageError
 
 VALIDATION_SHARE = 0.1
 TEST_SHARE = 0.2
@@ -188,7 +188,7 @@ def read_parquet(path: Path, columns: Mapping[str, str]) -> Iterator[tuple[int, 
 
 
 _READERS: dict[str, Callable[[Path, Mapping[str, str]], Iterator[tuple[int, Cells]]]]
-_READERS = {".txt": read_paragraphs, ".csv": read_csv, ".jsonl": read_jsonl, ".parquet": read_parquet}
+_READERS = {TEXT_SUFFIX: read_paragraphs, ".csv": read_csv, ".jsonl": read_jsonl, ".parquet": read_parquet}
 
 
 def require_columns(where: object, columns: Mapping[str, str], present: list[str]) -> None:

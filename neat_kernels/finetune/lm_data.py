@@ -18,9 +18,8 @@ from neat_kernels.finetune.data import (
     whole_text,
 )
 from neat_kernels.finetune.named_data import TEST, TRAIN, VALIDATION, cells_of, is_file, load_splits
-from neat_kernels.finetune.settings import DATA_SUFFIXES, Settings, UsageError
+from neat_kernels.finetune.settings import DATA_SUFFIXES, TEXT_SUFFIX, Settings, UsageError
 
-TEXT_SUFFIX = ".txt"
 LM_SUFFIXES = (TEXT_SUFFIX, *DATA_SUFFIXES)
 MIN_DOCUMENTS = 3
 

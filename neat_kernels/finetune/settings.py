@@ -15,6 +15,7 @@ RATES = {CLASSIFY: LEARNING_RATES, LM: LM_LEARNING_RATES}
 METHODS = tuple(LEARNING_RATES)
 DTYPES = ("float32", "bfloat16", "float16")
 DATA_SUFFIXES = (".csv", ".jsonl", ".parquet")
+TEXT_SUFFIX = ".txt"
 
 NEAT_ONLY = ("depth", "activation", "orientation")
 ADAPTERS_ONLY = ("r", "scaling", "target_modules")
@@ -228,5 +229,7 @@ def refuse_unread_options(settings: Settings, given: Iterable[str]) -> None:
             raise UsageError(f"{option} is read by --task {TASK_ONLY[name]} only; --task is {settings.task}")
         if name == "text_column" and settings.messages_column is not None:
             raise UsageError("--messages-column holds whole chats: expected no --text-column beside it, got one")
+        if name == "text_column" and settings.data is not None and settings.data.suffix.lower() == TEXT_SUFFIX:
+            raise UsageError(f"--data {settings.data.name} is text without columns: expected no {option}, got one")
         if name in DATA_ONLY and settings.data is None:
             raise UsageError(f"{option} names a column of --data, which was not given")
