@@ -16,6 +16,7 @@ from tests.adapter_problem import HEADS, adapted, agree, base, logits, shake
 from tests.models import CASES
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+RANKS = {"q_proj": 6, r"layers\.1\.mlp\.down_proj": 3}
 
 
 def check_by_peft(model, batch, folder, name, tolerance, dtype=torch.float32):
@@ -32,9 +33,8 @@ def check_by_peft(model, batch, folder, name, tolerance, dtype=torch.float32):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("orientation", ["out", "in"])
 def test_every_network_on_llama(tmp_path, orientation, activation, depth):
-    pattern = {"q_proj": 6, r"layers\.1\.mlp\.down_proj": 3}
     model, batch = adapted(
-        "llama", orientation=orientation, activation=activation, depth=depth, rank_pattern=pattern, scaling=3.0
+        "llama", orientation=orientation, activation=activation, depth=depth, rank_pattern=RANKS, scaling=3.0
     )
     exported = nk.export_lora(model, tmp_path / "lora", batch=batch)
     assert exported.r == 6
@@ -53,12 +53,24 @@ def test_every_model(tmp_path, name, orientation):
     assert config["modules_to_save"] == HEADS.get(name)
 
 
+def as_large_as_the_weights(model):
+    """Scale each update to the norm of its weight: larger ones round more than is tolerated, in PEFT as here."""
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, nk.FusedNeatLinear):
+                layer.neat_B.mul_(layer.weight.float().norm() / layer.delta_weight().float().norm())
+    return model
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("orientation", ["out", "in"])
-def test_bf16(tmp_path, orientation):
+def test_every_network_in_bf16(tmp_path, orientation, activation, depth):
     model = base("llama").to(torch.bfloat16)
-    nk.apply_neat(model, nk.NeatConfig(r=4, target_modules="all-linear", orientation=orientation, scaling=3.0))
+    options = {"orientation": orientation, "activation": activation, "depth": depth, "rank_pattern": RANKS}
+    nk.apply_neat(model, nk.NeatConfig(r=4, target_modules="all-linear", **options))
     _, batch = adapted("llama")
-    shake(model)
+    as_large_as_the_weights(shake(model))
     exported = nk.export_lora(model, tmp_path / "lora", batch=batch)
     assert exported.max_difference <= 2e-2 * exported.max_logit
     check_by_peft(model, batch, tmp_path / "lora", "llama", 2e-2, torch.bfloat16)
@@ -77,6 +89,11 @@ def test_ranks_are_padded_with_zeros(tmp_path, pad_to, r):
     config = json.loads((tmp_path / "lora" / CONFIG).read_text())
     assert (config["r"], config["lora_alpha"], config["bias"]) == (r, r, "none")
     check_by_peft(model, batch, tmp_path / "lora", "llama", 1e-5)
+
+
+@pytest.mark.parametrize(("r", "padded"), [(1, 1), (2, 8), (65, 128), (257, 320), (512, 512)])
+def test_ranks_that_vllm_takes(tmp_path, r, padded):
+    assert nk.export_lora(adapted("llama", r=r)[0], tmp_path / "lora", pad_to="vllm").r == padded
 
 
 def test_the_report_tells_a_wrong_export(tmp_path, monkeypatch):
@@ -140,7 +157,7 @@ def with_a_trained_bias():
         (with_a_trained_bias, {}, r"all that is trained, got roberta\.encoder\.layer\.0\.attention\.self\.query\.bias"),
         (lambda: tied(modules_to_save=["lm_head"]), {}, "lm_head, which shares a parameter"),
         (lambda: adapted("roberta")[0], {"pad_to": "vllm"}, "which vLLM does not load; got classifier"),
-        (lambda: adapted("llama", r=300)[0], {"pad_to": "vllm"}, "expected ranks up to 256, got 300"),
+        (lambda: adapted("llama", r=513)[0], {"pad_to": "vllm"}, "expected ranks up to 512, got 513"),
         (lambda: adapted("llama", r=9)[0], {"pad_to": 8}, r"expected at least the rank of .*, 9; got 8"),
         (lambda: adapted("llama")[0], {"pad_to": "tgi"}, "expected a rank, 'vllm' or None, got 'tgi'"),
         (lambda: base("llama"), {}, "got none"),

@@ -23,7 +23,7 @@ from neat_kernels.base_layer import as_matrix
 from neat_kernels.vocabulary import check_int
 
 # The ranks that vLLM compiles its kernels for: vllm/config/lora.py, MaxLoRARanks.
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256)
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclass(frozen=True)
