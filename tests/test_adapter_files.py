@@ -9,13 +9,14 @@ import warnings
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors import safe_open
 from torch import nn
 
 import neat_kernels as nk
 from neat_kernels.adapters.fingerprint import fingerprint
 from neat_kernels.adapters.names import naming
-from tests.adapter_problem import adapted, base, logits, shake
+from tests.adapter_problem import adapted, agree, base, logits, shake
 from tests.models import CASES
 
 NETWORKS = [("out", "relu", 0), ("out", "gelu_tanh", 2), ("in", "sin2pi", 1), ("in", "tanh", 0)]
@@ -184,6 +185,36 @@ def test_tied_embeddings_that_are_trained_stay_tied(tmp_path):
     loaded = nk.load_adapter(make(), tmp_path / "adapter")
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     assert torch.equal(logits(loaded, batch), logits(model, batch))
+
+
+# Models whose output layer is an embedding too, and its name.
+TIED = [("gpt2", "lm_head"), ("t5", "lm_head"), ("t5", "shared"), ("whisper", "proj_out")]
+
+
+@pytest.mark.parametrize(("name", "head"), TIED)
+def test_a_tied_layer_that_is_trained_whole_stays_tied(tmp_path, name, head):
+    model, batch = adapted(name, modules_to_save=[head])
+    assert any("shares a parameter" in reason for reason in nk.save_adapter(model, tmp_path / "adapter").reasons)
+    loaded = nk.load_adapter(base(name), tmp_path / "adapter")
+    assert torch.equal(logits(loaded, batch), logits(model, batch))
+    assert not torch.equal(loaded.get_output_embeddings().weight, base(name).get_output_embeddings().weight)
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    with pytest.raises(nk.AdapterError, match="shares a parameter"):
+        nk.export_lora(model, tmp_path / "lora")
+
+
+@pytest.mark.parametrize(("name", "head"), [case for case in TIED if case[1] != "shared"])
+def test_a_tied_output_layer_that_is_adapted(tmp_path, name, head):
+    model, batch = adapted(name, target_modules=[head], depth=1)
+    assert nk.save_adapter(model, tmp_path / "adapter").peft_type == "PEANUT"
+    expected = logits(model, batch)
+    assert not torch.equal(expected, logits(base(name), batch))
+    loaded = nk.load_adapter(base(name), tmp_path / "adapter")
+    assert torch.equal(logits(loaded, batch), expected)
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    agree(logits(PeftModel.from_pretrained(base(name), tmp_path / "adapter"), batch), expected)
+    nk.export_lora(model, tmp_path / "lora")
+    agree(logits(PeftModel.from_pretrained(base(name), tmp_path / "lora"), batch), expected)
 
 
 def test_another_base_warns_and_names_the_layer(tmp_path):
