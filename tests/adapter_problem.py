@@ -1,5 +1,8 @@
 """Models with adapters that are not zero, and what they compute."""
 
+from contextlib import contextmanager
+
+import pytest
 import torch
 
 import neat_kernels as nk
@@ -45,3 +48,16 @@ def logits(model, batch):
 def agree(actual, expected, share=1e-5):
     """Equal to a share of the largest logit: the same sums in another order."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=share * expected.abs().max().item())
+
+
+@contextmanager
+def full_disk(room):
+    """Let no file grow beyond `room` bytes: write(2) fails where a full disk would let it fail."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Python ignores the signal that would come first.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

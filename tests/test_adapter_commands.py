@@ -17,9 +17,11 @@ from typer.testing import CliRunner
 import neat_kernels as nk
 from neat_kernels.cli import app
 from neat_kernels.finetune import artifacts, load_classifier
-from neat_kernels.finetune.model import TextClassifier
-from neat_kernels.finetune.settings import UsageError
-from tests.adapter_problem import adapted, agree, base, logits, shake
+from neat_kernels.finetune.batches import Batch
+from neat_kernels.finetune.methods import prepare
+from neat_kernels.finetune.model import Pretrained, TextClassifier
+from neat_kernels.finetune.settings import Settings, UsageError
+from tests.adapter_problem import adapted, agree, base, full_disk, logits, shake
 
 METHODS = ("probe", "lora", "neat", "full")
 
@@ -128,6 +130,17 @@ def test_merge(tmp_path, saved):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("command", ["export", "merge"])
+@pytest.mark.parametrize("room", [100, 3000])
+def test_a_disk_that_fills_up(tmp_path, saved, command, room):
+    there = sorted(os.listdir(tmp_path))
+    with full_disk(room):
+        result = run(command, tmp_path / "adapter", tmp_path / "x")
+    told(result)
+    assert "File too large" in result.output
+    assert sorted(os.listdir(tmp_path)) == there
+
+
 def test_a_base_that_no_library_of_ours_has_is_not_imported(tmp_path, saved):
     path = tmp_path / "adapter" / "adapter_config.json"
     values = json.loads(path.read_text())
@@ -218,6 +231,21 @@ def test_an_interrupted_replacement_changes_nothing(left, monkeypatch, tmp_path)
     with pytest.raises(nk.AdapterError, match=r"head\.weight: expected finite values"):
         artifacts.save_trained(tmp_path / "probe", "probe", model, artifacts.Task(None, LABELS, 8), None, True)
     assert torch.equal(load_classifier(tmp_path / "probe").probabilities(["cat1 dog2"]), before)
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_a_disk_that_fills_up_when_a_method_is_written(left, tmp_path, method):
+    folder, _, _ = left
+    shutil.copytree(folder / "out" / method, tmp_path / method)
+    before = load_classifier(tmp_path / method).probabilities(["cat1 dog2"])
+    pretrained = Pretrained.find(str(folder / "model"))
+    backbone = prepare(method, pretrained.load(torch.float32), Settings(), ("query", "value"))
+    model = shake(TextClassifier(backbone, 32, 3, seed=0))
+    batch = Batch({"input_ids": torch.ones(1, 3, dtype=torch.long)}, torch.zeros(1), 3)
+    with full_disk(7000), pytest.raises(OSError, match=r"cannot be written: .*File too large"):
+        artifacts.save_trained(tmp_path / method, method, model, artifacts.Task(None, LABELS, 8), batch, True)
+    assert os.listdir(tmp_path) == [method]
+    assert torch.equal(load_classifier(tmp_path / method).probabilities(["cat1 dog2"]), before)
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "model/notes/thesis.txt", "model/pytorch_model.bin"])

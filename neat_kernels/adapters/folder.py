@@ -50,7 +50,12 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
     Returns:
         The path to write into.
+
+    Raises:
+        OSError: the disk is full or cannot be written, whichever library has found out.
     """
+    from safetensors import SafetensorError
+
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.writing-"))
     try:
@@ -62,6 +67,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         _flush(temporary)
         _take_place(temporary, folder)
         _flush(folder.parent)
+    except SafetensorError as error:
+        raise OSError(f"{folder.name} cannot be written: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -114,18 +114,10 @@ def write_json(path: Path, values: object) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    from safetensors import SafetensorError
+    """A safetensors file, in a block of `whole_folder`."""
     from safetensors.torch import save_file
 
-    try:
-        save_file(tensors, path, {"format": "pt", **metadata})
-    except SafetensorError as error:
-        raise OSError(f"{path.name} cannot be written: {error}") from error
+    save_file(tensors, path, {"format": "pt", **metadata})
 
 
 def _tensors(inventory: Inventory, peft_type: str) -> dict[str, Tensor]:
