@@ -279,3 +279,25 @@ def test_a_broken_classifier_is_refused(left, tmp_path, name, content):
         load_classifier(tmp_path / "probe")
     with pytest.raises(UsageError, match="expected a whole classifier"):
         load_classifier(tmp_path)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_head_that_is_not_finite_is_refused(left, tmp_path, value):
+    shutil.copytree(left[0] / "out" / "probe", tmp_path / "probe")
+    head = load_file(tmp_path / "probe" / "head.safetensors")
+    head["weight"][0, 0] = value
+    save_file(head, tmp_path / "probe" / "head.safetensors")
+    with pytest.raises(UsageError, match="expected the weight and bias of a head, got values that are not finite in w"):
+        load_classifier(tmp_path / "probe")
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [({"max_length": 65}, "expected max_length up to 64, got 65"), ({"labels": ["a", "b"]}, "size mismatch")],
+)
+def test_a_classifier_that_does_not_fit_its_model_is_refused(left, tmp_path, changes, match):
+    shutil.copytree(left[0] / "out" / "probe", tmp_path / "probe")
+    path = tmp_path / "probe" / "classifier.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(UsageError, match=match):
+        load_classifier(tmp_path / "probe")

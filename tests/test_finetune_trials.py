@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -175,6 +176,30 @@ def test_seeds_and_rates_from_the_command_line(folder, tmp_path):
     assert not list((tmp_path / "out" / "trials").glob("*.safetensors"))
     assert run(folder, tmp_path / "out", *arguments).exit_code == 2
     assert run(folder, tmp_path / "out", *arguments, "--resume").exit_code == 0
+
+
+def test_what_is_broken_of_a_run_is_not_gone_on_with(folder, tmp_path):
+    arguments = ("--method", "probe,neat", "--lr", "1e-3,1e30", "--steps", 2)
+    assert run(folder, tmp_path / "whole", *arguments).exit_code == 0
+    trial = "trials/neat-lr0.001-seed0.json"
+    for name, content, message in (
+        ("trials/run.json", '{"a"', "run.json as the run has written it"),
+        ("trials/run.json", "[]", "run.json as the run has written it, got a list"),
+        (trial, "", f"{trial} as the run has written it"),
+        (trial, '{"method": "neat"}', f"{trial} as the run has written it"),
+        ("neat", None, "neat, which the run has left; got none"),
+    ):
+        output = tmp_path / "out"
+        shutil.copytree(tmp_path / "whole", output)
+        if content is None:
+            shutil.rmtree(output / name)
+        else:
+            (output / name).write_text(content)
+        result = run(folder, output, *arguments, "--resume")
+        assert result.exit_code == 2, result.output
+        assert message in result.output
+        shutil.rmtree(output)
+    assert run(folder, tmp_path / "whole", *arguments, "--resume").exit_code == 0
 
 
 @pytest.mark.parametrize(

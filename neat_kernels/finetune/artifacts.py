@@ -172,6 +172,10 @@ def load_classifier(folder: str | os.PathLike[str], device: torch.device | str =
     path = Path(folder)
     task, method = _read_task(path)
     pretrained = Pretrained.find(task.model)
+    if task.max_length > pretrained.max_length():
+        raise UsageError(
+            f"{path / CLASSIFIER}: expected max_length up to {pretrained.max_length()}, got {task.max_length}"
+        )
     backbone = _load_backbone(path, method, pretrained)
     model = TextClassifier(backbone, pretrained.config.hidden_size, len(task.labels), seed=0)
     _load_head(path / HEAD, model.head)
@@ -256,6 +260,9 @@ def _load_head(path: Path, head: nn.Linear) -> None:
     from safetensors.torch import load_file
 
     try:
-        head.load_state_dict(load_file(path))
-    except (OSError, SafetensorError, RuntimeError) as error:
+        values = load_file(path)
+        if bad := [name for name, value in values.items() if not value.isfinite().all()]:
+            raise ValueError(f"values that are not finite in {bad[0]}")
+        head.load_state_dict(values)
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise UsageError(f"{path}: expected the weight and bias of a head, got {error}") from error

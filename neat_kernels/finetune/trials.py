@@ -64,30 +64,52 @@ class TrialFiles:
                 self.folder.rmdir()
 
     def check_resumable(self) -> None:
-        """Raise UsageError unless there is a run to go on with, that was asked to do the same."""
+        """Raise UsageError unless there is a whole run to go on with, that was asked to do the same."""
         if not self.run.is_file():
             raise UsageError(f"--resume: {self.folder} holds no run that was stopped")
-        before = json.loads(self.run.read_text(encoding="utf-8"))
+        before = _read(self.run)
         now = json.loads(json.dumps(self.facts))
         if other := sorted(name for name in {*before, *now} if before.get(name) != now.get(name)):
             name = other[0]
             raise UsageError(
                 f"--resume: expected what the run was begun with, {name} {before.get(name)!r}; got {now.get(name)!r}"
             )
+        for path in sorted(self.run.parent.glob("*.json")):
+            ended = None if path == self.run else _read_result(path)
+            # What it has trained was written before its result was.
+            if ended is not None and not ended.diverged and not (self.folder / ended.method).is_dir():
+                raise UsageError(f"--resume: expected {self.folder / ended.method}, which the run has left; got none")
 
     def result(self, method: str, settings: Settings) -> MethodResult | None:
         """The result of a trial that has ended."""
         path = self.path(method, settings, ".json")
-        if not path.is_file():
-            return None
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return MethodResult(**{**values, "validation": [tuple(pair) for pair in values["validation"]]})
+        return _read_result(path) if path.is_file() else None
 
     def ended(self, method: str, settings: Settings, result: MethodResult) -> None:
         """Write the result of a trial, and drop its state."""
         self.begin()
         write_atomically(self.path(method, settings, ".json"), json.dumps(asdict(result)).encode())
         self.path(method, settings, ".safetensors").unlink(missing_ok=True)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds, or UsageError."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"--resume: expected {path} as the run has written it: {error}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"--resume: expected {path} as the run has written it, got a {type(values).__name__}")
+    return values
+
+
+def _read_result(path: Path) -> MethodResult:
+    """The result of a trial that has ended, or UsageError."""
+    values = _read(path)
+    try:
+        return MethodResult(**{**values, "validation": [tuple(pair) for pair in values["validation"]]})
+    except (KeyError, TypeError) as error:
+        raise UsageError(f"--resume: expected {path} as the run has written it: {error}") from error
 
 
 def run_trials(
