@@ -301,3 +301,18 @@ def test_a_classifier_that_does_not_fit_its_model_is_refused(left, tmp_path, cha
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     with pytest.raises(UsageError, match=match):
         load_classifier(tmp_path / "probe")
+
+
+@pytest.mark.parametrize("method", ["probe", "neat"])
+def test_a_pickle_that_a_classifier_names_is_not_opened(left, tmp_path, method):
+    folder, _, _ = left
+    shutil.copytree(folder / "model", tmp_path / "model")
+    torch.save(load_file(tmp_path / "model" / "model.safetensors"), tmp_path / "model" / "pytorch_model.bin")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    shutil.copytree(folder / "out" / method, tmp_path / method)
+    path = tmp_path / method / "classifier.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model": str(tmp_path / "model")}))
+    with pytest.raises(UsageError, match="has no weights that can be loaded"):
+        load_classifier(tmp_path / method)
+    asked = load_classifier(tmp_path / method, model=str(tmp_path / "model")).probabilities(["cat1 dog2"])
+    assert torch.equal(asked, load_classifier(folder / "out" / method).probabilities(["cat1 dog2"]))

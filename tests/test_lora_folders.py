@@ -1,12 +1,13 @@
 """A Neat adapter as the LoRA adapter that it is, and LoRA folders on the kernels of the token side."""
 
 import json
+import struct
 import warnings
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -290,6 +291,38 @@ def test_a_lora_file_with_a_tensor_that_nothing_reads(tmp_path):
     save_file({**tensors, name: torch.ones(32)}, tmp_path / "lora" / WEIGHTS)
     with pytest.raises(nk.AdapterError, match="lora_magnitude_vector, which the adapter does not have"):
         nk.from_lora(tmp_path / "lora", base("llama"))
+
+
+def broken(tensors, content):
+    """Files of weights that are wrong, by what is said of them."""
+    first = next(name for name in tensors if "lora_A" in name)
+    nan = torch.full_like(tensors[first], torch.nan)
+    changed = {
+        "expected finite values": {**tensors, first: nan},
+        "lora_B.weight": {name: value for name, value in tensors.items() if "lora_B" not in name},
+        "for which there are no tensors": {name: value for name, value in tensors.items() if name != first},
+        "which it does not have": {**tensors, first.replace("model.layers.0", "model/../.."): tensors[first].clone()},
+        "expected keys that begin with": {**tensors, "elsewhere": torch.zeros(2)},
+        "convertible to torch.float32, got torch.int32": {**tensors, first: tensors[first].int()},
+    }
+    yield from ((match, save(value)) for match, value in changed.items())
+    for bad in (content[:100], content[:-1], b"", struct.pack("<Q", 10**9) + content[8:]):
+        yield "expected a whole safetensors file, got another", bad
+
+
+def test_lora_weights_that_are_refused(tmp_path):
+    stock("llama", tmp_path / "lora")
+    path, model = tmp_path / "lora" / WEIGHTS, base("llama")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for match, content in broken(load_file(path), path.read_bytes()):
+        path.write_bytes(content)
+        with pytest.raises(nk.AdapterError, match=match):
+            nk.from_lora(tmp_path / "lora", model)
+        assert model.state_dict().keys() == before.keys()
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    path.unlink()
+    with pytest.raises(nk.AdapterError, match=f"expected a file {WEIGHTS}, got none"):
+        nk.from_lora(tmp_path / "lora", model)
 
 
 def test_an_adapted_model_takes_no_lora(tmp_path):

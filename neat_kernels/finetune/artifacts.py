@@ -155,12 +155,15 @@ def how_to_load(folder: Path) -> list[str]:
     return list(json.loads(path.read_text(encoding="utf-8"))["load"])
 
 
-def load_classifier(folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> Classifier:
+def load_classifier(
+    folder: str | os.PathLike[str], device: torch.device | str = "cpu", *, model: str | None = None
+) -> Classifier:
     """The classifier that `neat-kernels finetune` has left in the folder of one method.
 
     Args:
         folder: with classifier.json.
         device: where the classifier goes.
+        model: folder or hub id of the base model; None is the one that classifier.json names, from safetensors alone.
 
     Returns:
         It labels texts: `classifier(["..."])`.
@@ -171,15 +174,16 @@ def load_classifier(folder: str | os.PathLike[str], device: torch.device | str =
     """
     path = Path(folder)
     task, method = _read_task(path)
-    pretrained = Pretrained.find(task.model)
+    pretrained = Pretrained.find(task.model if model is None else model)
     if task.max_length > pretrained.max_length():
         raise UsageError(
             f"{path / CLASSIFIER}: expected max_length up to {pretrained.max_length()}, got {task.max_length}"
         )
-    backbone = _load_backbone(path, method, pretrained)
-    model = TextClassifier(backbone, pretrained.config.hidden_size, len(task.labels), seed=0)
-    _load_head(path / HEAD, model.head)
-    return Classifier(model.to(device).eval(), pretrained.tokenizer, task)
+    # A pickle that a file names must not be opened for that.
+    backbone = _load_backbone(path, method, pretrained, unpickle=model is not None)
+    classifier = TextClassifier(backbone, pretrained.config.hidden_size, len(task.labels), seed=0)
+    _load_head(path / HEAD, classifier.head)
+    return Classifier(classifier.to(device).eval(), pretrained.tokenizer, task)
 
 
 def _check_replaceable(folder: Path, overwrite: bool) -> None:
@@ -240,14 +244,14 @@ def _read_task(folder: Path) -> tuple[Task, str]:
         raise UsageError(f"{folder}: expected a whole classifier with a {CLASSIFIER}, got {error!r}") from error
 
 
-def _load_backbone(folder: Path, method: str, pretrained: Pretrained) -> nn.Module:
+def _load_backbone(folder: Path, method: str, pretrained: Pretrained, unpickle: bool) -> nn.Module:
     if method == "full":
         from transformers import AutoModel
 
         return AutoModel.from_pretrained(
             folder / MODEL, dtype=torch.float32, local_files_only=True, use_safetensors=True
         )
-    backbone = pretrained.load(torch.float32)
+    backbone = pretrained.load(torch.float32, unpickle)
     if method == "neat":
         load_adapter(backbone, folder / ADAPTER)
     elif method == "lora":

@@ -159,11 +159,19 @@ class Pretrained:
         output = output_layer(empty) if task == LM else None
         return cls(model or DEFAULT_MODEL, location, local, tokenizer, config, names, task, output)
 
-    def load(self, dtype: torch.dtype) -> nn.Module:
-        """The model, for classification without a head, in `dtype`, freshly read."""
+    def load(self, dtype: torch.dtype, unpickle: bool = True) -> nn.Module:
+        """The model, for classification without a head, in `dtype`, freshly read; without `unpickle` from safetensors.
+
+        Raises:
+            UsageError: its weights cannot be loaded, or are not all of a language model's.
+        """
         try:
             backbone, info = model_class(self.task).from_pretrained(
-                self.location, dtype=dtype, local_files_only=self.local, output_loading_info=True
+                self.location,
+                dtype=dtype,
+                local_files_only=self.local,
+                output_loading_info=True,
+                use_safetensors=None if unpickle else True,
             )
         except (OSError, ValueError) as error:
             raise UsageError(f"--model {self.location!r} has no weights that can be loaded: {error}") from error
