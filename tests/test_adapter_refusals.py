@@ -159,6 +159,8 @@ def test_a_configuration_that_is_huge(saved):
         ({"target_modules": ["q_proj", "v_proj"]}, "does not name 'model.layers.0.mlp.down_proj'"),
         ({"layers_to_transform": [1]}, "does not name 'model.layers.0."),
         ({"exclude_modules": ["layers.0.mlp.down_proj"]}, "does not name 'model.layers.0.mlp.down_proj'"),
+        ({"exclude_modules": 5}, "exclude_modules must be a list of names, got 5"),
+        ({"layers_to_transform": [1], "layers_pattern": {"a": 1}}, "layers_pattern must be a list of names"),
         ({"depth": 10**9}, "expected the tensors of depth 1000000000"),
         ({"scaling": 10**400}, "scaling must be finite"),
     ],

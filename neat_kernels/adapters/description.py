@@ -224,9 +224,10 @@ def _check_shapes_of_fields(values: Mapping[str, Any]) -> None:
 
 def check_names(values: Mapping[str, Any]) -> None:
     """Raise unless the names of layers, modules and parameters are what they must be: lists, or one valid regex."""
-    for name in ("target_modules", "modules_to_save", "trained_parameters"):
+    layers = ("target_modules", "exclude_modules", "layers_pattern")
+    for name in (*layers, "modules_to_save", "trained_parameters"):
         entries = values.get(name) or []
-        if isinstance(entries, str) and name == "target_modules":
+        if isinstance(entries, str) and name in layers:
             re.compile(entries)
         elif not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
             raise TypeError(f"{name} must be a list of names, got {entries!r}")
