@@ -1,17 +1,20 @@
 """neat-kernels inspect, export and merge, and what a fine-tuning run leaves behind."""
 
+import html
 import json
 import math
 import os
 import shutil
 
+import peft
 import pytest
 import torch
+import transformers
 from finetune_problem import LABELS, rows, save_model, write_jsonl
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import neat_kernels as nk
@@ -186,22 +189,22 @@ def test_each_method_leaves_a_classifier(left, method):
     assert classifier([]) == []
 
 
-def test_the_run_says_how_to_load_what_it_left(left):
+@pytest.mark.parametrize(("method", "ways"), [("probe", 0), ("lora", 2), ("neat", 3), ("full", 1)])
+def test_what_is_left_is_loaded_as_the_run_says(left, method, ways):
     folder, output, _ = left
-    out = folder / "out"
-    for line in (
-        f'neat_kernels.load_adapter(model, "{out}/neat/adapter"), or peft.PeftModel.from_pretrained(model,',
-        f'peft.PeftModel.from_pretrained(model, "{out}/neat/lora") as LoRA; the hidden states differ by at most',
-        f'neat_kernels.from_lora("{out}/lora/adapter", model)',
-        f'transformers.AutoModel.from_pretrained("{out}/full/model")',
-    ):
-        assert line in output
-    backbones = [AutoModel.from_pretrained(folder / "model", add_pooling_layer=False) for _ in range(3)]
+    lines = json.loads((folder / "out" / method / "classifier.json").read_text())["load"]
+    assert all(line in output for line in lines)
+    report = html.unescape((folder / "out" / "report.html").read_text())
+    assert all(line in report for line in lines)
+    names = {"neat_kernels": nk, "peft": peft, "transformers": transformers}
+    classifier = eval(lines[0].removesuffix(" labels texts"), names)
     ids = torch.tensor([[2, 5, 9, 3]])
-    ours = nk.load_adapter(backbones[0], out / "neat" / "adapter").eval()(ids).last_hidden_state
-    for model, name in zip(backbones[1:], ("adapter", "lora"), strict=True):
-        theirs = PeftModel.from_pretrained(model, out / "neat" / name).eval()(ids).last_hidden_state
-        agree(theirs, ours)
+    expected = classifier.model.backbone(ids).last_hidden_state
+    calls = [way for line in lines[1:] if "model = " not in line for way in line.split(" as LoRA")[0].split(", or ")]
+    assert len(calls) == ways
+    for call in calls:
+        exec("\n".join(line for line in lines if line.startswith("model = ")), names)
+        agree(eval(call, names).eval()(ids).last_hidden_state, expected)
 
 
 def test_an_earlier_run_is_replaced_only_when_asked(left):

@@ -7,11 +7,12 @@ import sys
 
 import pytest
 import torch
-from finetune_problem import rows, save_model, write_jsonl
+from finetune_problem import LABELS, rows, save_model, write_jsonl
 from typer.testing import CliRunner
 
 from neat_kernels import __version__, functional, selfcheck
 from neat_kernels.cli import app
+from neat_kernels.finetune import load_classifier
 
 TINY = ("--steps", "6", "--batch-size", "8", "--device", "cpu")
 
@@ -207,3 +208,5 @@ def test_the_real_default_model_trains(data, tmp_path, monkeypatch):
     # 6 layers × (query, value) × r × (384 + 384)
     assert lora["trainable"] - lora["head"] == neat["trainable"] - neat["head"] == 6 * 2 * 8 * 768
     assert lora["losses"][0] == pytest.approx(neat["losses"][0], rel=1e-4)
+    for method in ("lora", "neat"):
+        assert set(load_classifier(tmp_path / method)(["cat1 dog2", "tree3"])) <= set(LABELS)

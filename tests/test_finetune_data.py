@@ -112,6 +112,9 @@ def test_refused_encoding_and_folder(tmp_path):
     (tmp_path / "folder.csv").mkdir()
     with pytest.raises(UsageError, match="is not a file"):
         load_file(tmp_path / "folder.csv", Columns("text", "label"))
+    path = write(tmp_path / "b.parquet", PAIRS, label="kind")
+    with pytest.raises(UsageError, match="--label-column 'label' is not there; columns are 'text', 'kind'"):
+        load_file(path, Columns("text", "label"))
     path = write(tmp_path / "a.parquet", [*PAIRS, (None, "yes")])
     with pytest.raises(UsageError, match="row 41: expected a text, got NoneType"):
         load_file(path, Columns("text", "label"))

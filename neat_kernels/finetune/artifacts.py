@@ -21,7 +21,7 @@ from neat_kernels.adapters.lora_import import from_lora
 from neat_kernels.adapters.save import save_adapter, write_json, write_tensors
 from neat_kernels.finetune.batches import Batch, as_tokens, encode
 from neat_kernels.finetune.data import Text
-from neat_kernels.finetune.model import CLASSES, Pretrained, TaskModel, TextClassifier
+from neat_kernels.finetune.model import CLASSES, Pretrained, TaskModel, TextClassifier, default_folder
 from neat_kernels.finetune.settings import CLASSIFY, LM, UsageError
 from neat_kernels.vocabulary import check_int
 
@@ -108,6 +108,8 @@ def save_trained(folder: Path, method: str, model: TextClassifier, task: Task, b
     head = {name: copied(f"head.{name}", value) for name, value in model.head.state_dict().items()}
     with whole_folder(folder) as temporary:
         lines = _SAVE[method](temporary, folder, model.backbone, batch, CLASSIFY)
+        if method in _ON_A_MODEL:
+            lines.insert(0, _model_line(task.model or default_folder(), CLASSIFY))
         write_tensors(temporary / HEAD, head, {})
         facts = {
             "format": FORMAT,
@@ -142,10 +144,10 @@ def save_language_model(
     _check_replaceable(folder, overwrite)
     with whole_folder(folder) as temporary:
         lines = _SAVE[method](temporary, folder, model.backbone, batch, LM)
-        if method == "full":
-            tokenizer.save_pretrained(temporary / MODEL)
+        if method in _ON_A_MODEL:
+            lines.insert(0, _model_line(base, LM))
         else:
-            lines.insert(0, f'model = transformers.{CLASSES[LM]}.from_pretrained("{base}")')
+            tokenizer.save_pretrained(temporary / MODEL)
         write_json(temporary / LANGUAGE_MODEL, {"format": FORMAT, "method": method, "model": base, "load": lines})
 
 
@@ -225,6 +227,12 @@ def _save_probe(temporary: Path, folder: Path, backbone: Any, batch: Batch, task
 
 
 _SAVE = {"neat": _save_neat, "lora": _save_lora, "full": _save_full, "probe": _save_probe}
+# What these leave goes into the model that it was made from.
+_ON_A_MODEL = ("neat", "lora")
+
+
+def _model_line(base: str, task: str) -> str:
+    return f'model = transformers.{CLASSES[task]}.from_pretrained("{base}")'
 
 
 def _read_task(folder: Path) -> tuple[Task, str]:
