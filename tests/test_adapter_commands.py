@@ -11,7 +11,6 @@ import pytest
 import torch
 import transformers
 from finetune_problem import LABELS, rows, save_model, write_jsonl
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -66,6 +65,22 @@ def test_inspect(tmp_path, saved):
     told(run("inspect", tmp_path), "expected a file adapter_config.json")
 
 
+@pytest.mark.parametrize(
+    ("options", "readers"),
+    [
+        ({}, "neat_kernels.from_lora, peft.PeftModel.from_pretrained"),
+        ({"use_dora": True}, "peft.PeftModel.from_pretrained alone; "),
+    ],
+)
+def test_inspect_says_who_loads_a_lora_adapter(tmp_path, options, readers):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], **options)
+    peft.get_peft_model(base("llama"), config).save_pretrained(tmp_path / "adapter")
+    result = run("inspect", tmp_path / "adapter")
+    assert result.exit_code == 0, result.output
+    assert readers in result.output
+    assert ("got use_dora" in " ".join(result.output.split())) == bool(options)
+
+
 def test_inspect_reads_every_value(tmp_path, saved):
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = load_file(path)
@@ -105,7 +120,7 @@ def test_export(tmp_path, saved):
     assert "Warning" not in result.output, "the base is the same in bfloat16 as in float32"
     _, batch = adapted("llama")
     reread = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
-    agree(logits(PeftModel.from_pretrained(reread, tmp_path / "lora"), batch), logits(saved, batch))
+    agree(logits(peft.PeftModel.from_pretrained(reread, tmp_path / "lora"), batch), logits(saved, batch))
     assert "LORA" in run("inspect", tmp_path / "lora").output
     told(run("export", tmp_path / "adapter", tmp_path / "lora"), "is not empty")
     assert run("export", tmp_path / "adapter", tmp_path / "lora", "--overwrite", "--pad-to", 7).exit_code == 0

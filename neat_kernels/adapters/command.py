@@ -15,11 +15,12 @@ from rich.table import Table
 from torch import nn
 
 from neat_kernels.adapters.base_model import load_base
-from neat_kernels.adapters.description import FILES, checked_config, read_config
+from neat_kernels.adapters.description import CONFIG_FILE, FILES, checked_config, read_config
 from neat_kernels.adapters.errors import AdapterError
 from neat_kernels.adapters.folder import check_destination, whole_folder
 from neat_kernels.adapters.load import load_adapter
 from neat_kernels.adapters.lora_export import export_lora
+from neat_kernels.adapters.lora_import import check_lora
 from neat_kernels.adapters.names import LORA, NEAT, PEANUT
 from neat_kernels.adapters.save import METADATA
 from neat_kernels.adapters.swap import merge_neat
@@ -44,7 +45,7 @@ def inspect(folder: Path, console: Console) -> None:
     facts = Table.grid(padding=(0, 2))
     facts.add_row("type", values["peft_type"])
     facts.add_row("base", printable(values.get("base_model_name_or_path") or "not recorded"))
-    facts.add_row("loaded by", _readers(values["peft_type"]))
+    facts.add_row("loaded by", _readers(folder, values))
     for name, value in values.items():
         if name not in _SILENT and value not in (None, False, [], {}, ""):
             text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
@@ -130,12 +131,15 @@ def _tokenizer(location: Any) -> Any:
         return None
 
 
-def _readers(peft_type: str) -> str:
-    return {
-        PEANUT: "neat_kernels.load_adapter, peft.PeftModel.from_pretrained",
-        NEAT: "neat_kernels.load_adapter",
-        LORA: "neat_kernels.from_lora, peft.PeftModel.from_pretrained",
-    }[peft_type]
+def _readers(folder: Path, values: Mapping[str, Any]) -> str:
+    own, peft = "neat_kernels.load_adapter", "peft.PeftModel.from_pretrained"
+    if values["peft_type"] != LORA:
+        return own if values["peft_type"] == NEAT else f"{own}, {peft}"
+    try:
+        check_lora(folder / CONFIG_FILE, values)
+    except AdapterError as error:
+        return printable(f"{peft} alone; {error}")
+    return f"neat_kernels.from_lora, {peft}"
 
 
 def printable(value: object) -> str:

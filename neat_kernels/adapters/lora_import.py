@@ -67,7 +67,7 @@ def from_lora(
     check_compute_dtype(compute_dtype)
     path = Path(folder)
     values = read_config(path, (LORA,))
-    _check(path / CONFIG_FILE, values)
+    check_lora(path / CONFIG_FILE, values)
     target = load_base(path, values, None) if model is None else model
     root = unwrapped(target)
     modules = named_modules(root)
@@ -95,7 +95,8 @@ def from_lora(
     return target
 
 
-def _check(path: Path, values: Mapping[str, Any]) -> None:
+def check_lora(path: Path, values: Mapping[str, Any]) -> None:
+    """Raise AdapterError for a configuration of type LORA that `from_lora` cannot run, or that no layer can have."""
     idle = [name for name, value in _IDLE.items() if values.get(name) == value]
     check_known(path, values, (*ABOUT, *SELECTION, *_READ, *idle))
     if values.get("bias", "none") != "none":
