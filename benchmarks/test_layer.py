@@ -11,10 +11,10 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.contenders import CONTENDERS
-from benchmarks.measure import check, sample_ms, weight_copies
-from benchmarks.problem import Problem, make_problem
-from benchmarks.shapes import SHAPES, LayerShape
+from neat_kernels.bench.contenders import CONTENDERS
+from neat_kernels.bench.measure import check, sample_ms, weight_copies
+from neat_kernels.bench.problem import Problem, make_problem
+from neat_kernels.bench.shapes import SHAPES, LayerShape
 
 _ROUNDS = 10
 # Without AVX-512 torch multiplies bf16 matrices on a CPU a hundred times slower than fp32 ones.
