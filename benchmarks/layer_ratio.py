@@ -1,4 +1,4 @@
-"""One adapted layer as a ratio to the frozen linear, over fresh processes: training, its parts, or inference.
+"""One adapted layer or block as a ratio to the frozen one, over fresh processes: training, its parts, or inference.
 
     python -m benchmarks.layer_ratio --output layer_ratio.json
 
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from neat_kernels.bench.block import ADAPTED, BLOCKS, parse_block
 from neat_kernels.bench.contenders import BASELINE, CONTENDERS, check_company
 from neat_kernels.bench.measure import LABELS, MODES
 from neat_kernels.bench.processes import COMPARED, fresh_processes, is_sound, summarize
@@ -59,15 +60,18 @@ def _cases(options: argparse.Namespace) -> list[dict[str, Any]]:
     return [
         {
             "mode": mode,
+            "block": block,
             "shape": str(shape),
             "dtype": dtype,
             "device": options.device,
             "threads": options.threads,
             "seconds": options.seconds,
-            "contenders": [c for c in options.contenders if CONTENDERS[c].differs_in(dtype)],
+            "contenders": [
+                c for c in options.contenders if CONTENDERS[c].differs_in(dtype) and (c in ADAPTED or not block)
+            ],
         }
         for mode in options.modes
-        for shape in options.shapes
+        for block, shape in options.what
         for dtype in options.dtypes
     ]
 
@@ -87,9 +91,16 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--shapes",
         nargs="+",
         type=parse_shapes,
-        default=[(REFERENCE_SHAPE,)],
+        default=[],
         help=f"TOKENSxINxOUTxR, LAYER@TOKENS or MODEL@TOKENS of the registry, or a set: {', '.join(SHAPES)} "
-        f"(default: {REFERENCE_SHAPE})",
+        f"(default: {REFERENCE_SHAPE}, unless there are blocks)",
+    )
+    parser.add_argument(
+        "--blocks",
+        nargs="+",
+        type=parse_block,
+        default=[],
+        help=f"MODEL@TOKENS or MODEL@TOKENSxR of {', '.join(BLOCKS)}",
     )
     parser.add_argument(
         "--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16"]
@@ -108,7 +119,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--resume needs --output, the file to go on with")
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"--device {options.device}: torch {torch.__version__} finds no CUDA device")
-    options.shapes = [shape for group in options.shapes for shape in group]
+    shapes = [shape for group in options.shapes for shape in group]
+    options.what = [*(("", shape) for shape in shapes), *options.blocks] or [("", REFERENCE_SHAPE)]
     options.contenders = list(dict.fromkeys([BASELINE, *options.contenders]))
     try:
         check_company(options.contenders)
@@ -119,7 +131,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def _print_case(case: dict[str, Any], runs: list[dict[str, Any]], summary: dict[str, Any]) -> None:
     tokens, in_features, out_features, r = case["shape"].split("x")
-    print(f"\nM={tokens}, {in_features}->{out_features}, r={r}, {case['dtype']}, {case['device']}, ", end="")
+    what = f"block of {case['block']}" if case["block"] else f"{in_features}->{out_features}"
+    print(f"\nM={tokens}, {what}, r={r}, {case['dtype']}, {case['device']}, ", end="")
     print(
         f"{LABELS[case['mode']]}, {len(runs)} fresh processes, each result held to {runs[0]['tolerance']:.1e}", end=""
     )

@@ -119,7 +119,7 @@ def _again(options: Mapping[str, Any], old: Results) -> Request:
             f"--compare must be a result of {here or 'a CPU'}, of {old.provenance['device']} nothing can run here"
         )
     kept = ("mode", "shape", "dtype", "device", "threads", "seconds", "contenders")
-    asked = [{key: case[key] for key in kept} for case in old.cases]
+    asked = [{key: case[key] for key in kept} | {"block": case.get("block", "")} for case in old.cases]
     processes = max((len(case["runs"]) for case in old.cases), default=0)
     if not processes:
         raise UsageError(f"--compare must be a file with results, {options['compare']} has none")

@@ -93,7 +93,8 @@ def _notes(before: Results, after: Results) -> list[str]:
 
 
 def _words(one: Key) -> str:
-    return f"{one.mode} {one.shape} {one.dtype} on {one.device}, {one.threads} threads"
+    block = f"block of {one.block} " if one.block else ""
+    return f"{one.mode} {block}{one.shape} {one.dtype} on {one.device}, {one.threads} threads"
 
 
 def _range(values: list[float]) -> float:

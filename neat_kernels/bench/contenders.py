@@ -195,10 +195,28 @@ def _formula_compiled(problem: Problem) -> Layer:
 
 @_contender("peft_peanut", "PEFT PEANuT", "neat", {"peft": ("PeanutConfig",)})
 def _peft_peanut(problem: Problem) -> Layer:
+    return _stock_peanut(problem, accelerated=False)
+
+
+@_contender(
+    "accelerated",
+    "PEFT PEANuT, accelerated",
+    "neat",
+    {"peft": ("PeanutConfig",), "neat_kernels.integrations": ()},
+)
+def _accelerated(problem: Problem) -> Layer:
+    return _stock_peanut(problem, accelerated=True)
+
+
+def _stock_peanut(problem: Problem, accelerated: bool) -> Layer:
     import peft
 
     config = peft.PeanutConfig(r=problem.shape.r, depth=0, act_fn="relu", scaling=1.0, target_modules=["linear"])
     layer = _inject(problem, config, autocast_adapter_dtype=True)
+    if accelerated:
+        from neat_kernels.integrations.peft import accelerate
+
+        accelerate(layer)
     return _with_adapter(layer, problem, "neat", layer.peanut_A["default"].weight, layer.peanut_B["default"].weight)
 
 

@@ -26,7 +26,7 @@ def peak_bytes(layer: Layer, problem: Problem, mode: Mode = "training") -> int:
     """
     call = call_of(mode)
     clear_gradients(layer, problem)
-    if problem.weight.device.type == "cpu":
+    if problem.x.device.type == "cpu":
         return traced_peak(functools.partial(call, layer, problem))
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

@@ -82,6 +82,7 @@ def cases(
     return [
         {
             "mode": mode,
+            "block": "",
             "shape": str(shape),
             "dtype": dtype,
             "device": str(device),

@@ -90,7 +90,8 @@ def _table(cases: Sequence[Case]) -> Table:
     table.add_column("")
     for case in cases:
         shape = LayerShape.parse(case["shape"])
-        table.add_column(f"M={shape.tokens}\n{shape.in_features}→{shape.out_features}, r={shape.r}", justify="right")
+        what = f"block of {case['block']}" if case.get("block") else f"{shape.in_features}→{shape.out_features}"
+        table.add_column(f"M={shape.tokens}\n{what}, r={shape.r}", justify="right")
     return table
 
 
@@ -121,9 +122,9 @@ def print_comparison(compared: Comparison, console: Console) -> None:
             table.add_column(column, justify="left" if column in ("layer", "contender") else "right")
         for change in changed:
             one = change.case
-            where = f"{one.mode}, {LayerShape.parse(one.shape).title}, {_SHORT[one.dtype]}" + (
-                ", graphs" if change.graphs else ""
-            )
+            shape = LayerShape.parse(one.shape)
+            what = f"block of {one.block}, M={shape.tokens}, r={shape.r}" if one.block else shape.title
+            where = f"{one.mode}, {what}, {_SHORT[one.dtype]}" + (", graphs" if change.graphs else "")
             table.add_row(where, change.contender, *_then_and_now(change), f"{100 * (change.factor - 1):+.1f} %")
         console.print(table)
     told = len(compared.changes) - len(untold)

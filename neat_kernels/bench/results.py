@@ -24,6 +24,7 @@ class Key(NamedTuple):
     dtype: str
     device: str
     threads: int
+    block: str
 
 
 class Results(NamedTuple):
@@ -67,7 +68,7 @@ def _check(case: Case) -> None:
 
 def key(case: Case) -> Key:
     """What a case has timed."""
-    return Key(case["mode"], case["shape"], case["dtype"], case["device"], int(case["threads"]))
+    return Key(case["mode"], case["shape"], case["dtype"], case["device"], int(case["threads"]), case.get("block", ""))
 
 
 def per_process(case: Case, name: str, samples: str = "samples_ms") -> list[float]:

@@ -26,7 +26,7 @@ from neat_kernels.bench.measure import (
     weight_copies,
 )
 from neat_kernels.bench.memory import peak_bytes, saved_bytes
-from neat_kernels.bench.problem import Problem, make_problem, tolerance
+from neat_kernels.bench.problem import Problem, make_problem
 from neat_kernels.bench.shapes import LayerShape
 
 # What a line with a case's results begins with: libraries print too.
@@ -45,8 +45,8 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     """Check and time the contenders of one case.
 
     Args:
-        case: mode, shape, dtype, device, threads, seconds (for each contender), memory (whether to measure it) and
-            contenders, in the order of their turns.
+        case: mode, block (a model of BLOCKS, where a block is timed), shape, dtype, device, threads, seconds (for each
+            contender), memory (whether to measure it) and contenders, in the order of their turns.
 
     Returns:
         For each contender its status ("timed", "skipped", "wrong" or "failed"), with the samples in ms or the reason,
@@ -59,14 +59,15 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     check_company(case["contenders"])
     torch.set_num_threads(case["threads"])
     mode: Mode = case["mode"]
-    problem = make_problem(LayerShape.parse(case["shape"]), getattr(torch, case["dtype"]), torch.device(case["device"]))
+    problem, contender = _problem(case)
     copies = weight_copies(problem)
     report: dict[str, Any] = {}
     built: dict[str, list[Layer]] = {}
     for name in case["contenders"]:
-        report[name], layers = _prepare(CONTENDERS[name], problem, copies, mode)
+        report[name], layers = _prepare(contender(name), problem, copies, mode)
         if layers:
             built[name] = layers
+    tolerance = problem.tolerance("none", "y")
     problem.answers.clear()
     gc.collect()
     passes = dict.fromkeys(built, copies)
@@ -78,11 +79,22 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
             report[name]["peak_bytes"] = peak_bytes(layers[0], problem, mode)
             if mode != "inference":
                 report[name]["saved_bytes"] = saved_bytes(layers[0], problem)
-    if problem.weight.device.type == "cuda" and mode != "backward":
+    if problem.x.device.type == "cuda" and mode != "backward":
         graphs = _graphs(built, problem, mode, report)
         for name, samples in interleaved_samples(graphs, passes, case["seconds"]).items():
             report[name]["graph_samples_ms"] = _rounded(samples)
-    return {"tolerance": tolerance(problem), "weight_copies": copies, "contenders": report}
+    return {"tolerance": tolerance, "weight_copies": copies, "contenders": report}
+
+
+def _problem(case: dict[str, Any]) -> tuple[Problem, Callable[[str], Contender]]:
+    """The problem of a case, a layer's or a block's, and the contenders for it by their names."""
+    shape = LayerShape.parse(case["shape"])
+    dtype, device = getattr(torch, case["dtype"]), torch.device(case["device"])
+    if not case.get("block"):
+        return make_problem(shape, dtype, device), CONTENDERS.__getitem__
+    from neat_kernels.bench import block
+
+    return block.make_block_problem(case["block"], shape.tokens, shape.r, dtype, device), block.contender
 
 
 def _rounded(samples: list[float]) -> list[float]:

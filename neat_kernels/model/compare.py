@@ -107,7 +107,7 @@ def _layer(case: dict[str, Any], contender: str) -> Layer:
 
 def _step(case: dict[str, Any], contender: str, device: Device) -> Step | None:
     """What a contender of the benchmarks runs, None if the model has no such thing."""
-    if contender not in _WIDE + _NARROW or case.get("mode", "training") != "training":
+    if contender not in _WIDE + _NARROW or case.get("mode", "training") != "training" or case.get("block"):
         return None
     layer = _layer(case, contender)
     if contender == "frozen":
