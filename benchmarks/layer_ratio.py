@@ -39,10 +39,11 @@ def main(arguments: list[str] | None = None) -> int:
     cases: list[dict[str, Any]] = []
     sound = True
     for case in _cases(options):
-        kept = next((old for old in done if {key: old.get(key) for key in case} == case), None)
-        runs = kept["runs"] if kept is not None else fresh_processes([case], options.processes, deadline)[0]
+        kept = (old["runs"] for old in done if {key: old.get(key) for key in case} == case)
+        runs: list[dict[str, Any]] = next(kept, [])[: options.processes]
+        runs += fresh_processes([case], options.processes - len(runs), deadline, first=len(runs))[0]
         if not runs:
-            print(f"\n{case['shape']} {case['dtype']}: not run, the limit of {options.limit} s was reached")
+            print(f"\n{case['shape']} {case['dtype']}: not run, the limit of {options.limit:.0f} s was reached")
             continue
         summary = summarize(runs)
         _print_case(case, runs, summary)
@@ -77,12 +78,12 @@ def _cases(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _done_before(options: argparse.Namespace, facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """With --resume, the cases of the output that are whole and were measured on this commit, device and versions."""
+    """With --resume, the cases of the output, if they were measured on this commit, device and versions."""
     if not (options.resume and options.output.is_file()):
         return []
     before = json.loads(options.output.read_text())
     same = all(before["provenance"][key] == facts[key] for key in ("commit", "device", "versions"))
-    return [case for case in before["cases"] if same and len(case["runs"]) == options.processes]
+    return list(before["cases"]) if same else []
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -32,6 +32,7 @@ def fresh_processes(
     deadline: float,
     told: Callable[[Case], None] = lambda case: None,
     quiet: bool = False,
+    first: int = 0,
 ) -> list[list[Run]]:
     """Measure every case in each of several processes, which run one after the other.
 
@@ -40,6 +41,7 @@ def fresh_processes(
         processes: how many; each has another contender at the head of the turns. Memory is measured in the first.
         deadline: of time.monotonic(). No process begins that would end beyond it, as far as those before it tell.
         told: is called with every case that a process has done.
+        first: number of the first process, where others ran before.
         quiet: keep what the processes write to stderr for the message of an error.
 
     Returns:
@@ -50,7 +52,7 @@ def fresh_processes(
     """
     runs: list[list[Run]] = [[] for _ in cases]
     longest = 0.0
-    for i in range(processes):
+    for i in range(first, first + processes):
         start = time.monotonic()
         if start + longest > deadline:
             break

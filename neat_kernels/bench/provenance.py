@@ -100,7 +100,9 @@ def _commit() -> str:
     head = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
     if head is None or top is None or Path(top).resolve() != ROOT:
         return "unknown"
-    return head + ("+changes" if _output("git", "-C", str(ROOT), "status", "--porcelain") else "")
+    # Results that are written on the way change nothing that is measured.
+    changes = _output("git", "-C", str(ROOT), "status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
+    return head + ("+changes" if changes else "")
 
 
 def _output(*command: str) -> str | None:
