@@ -15,7 +15,7 @@ from neat_kernels._version import __version__
 
 app = typer.Typer(
     name="neat-kernels",
-    help="Fast Neat fine-tuning: see what this machine can run, fine-tune a model, predict costs, tune launches.",
+    help="Fast Neat fine-tuning: see what this machine runs, fine-tune a model, measure, predict costs, tune launches.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -43,7 +43,7 @@ def options(
         bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=print_version)
     ] = False,
 ) -> None:
-    """Fast Neat fine-tuning: see what this machine can run, fine-tune a model, predict costs, tune launches."""
+    """Fast Neat fine-tuning: see what this machine runs, fine-tune a model, measure, predict costs, tune launches."""
 
 
 @contextmanager
@@ -201,6 +201,25 @@ def bench(
             from neat_kernels.bench.command import run
 
         run(given, Console())
+
+
+@app.command()
+def plot(
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            help="A result of bench, of benchmarks.layer_ratio or benchmarks.model_step; or some of kernel_times."
+        ),
+    ],
+    output_dir: Annotated[Place, typer.Option(help="Folder for the pictures.", show_default="this one")] = None,
+    format: Annotated[Text, typer.Option(help="svg or png.", show_default="svg")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures that are there.")] = False,
+) -> None:
+    """Draw measurements: overhead against tokens and width, memory, whole models, kernels under the roofline."""
+    with told_plainly():
+        from neat_kernels.bench.plot_command import run
+
+        run(files, output_dir, format, overwrite, Console())
 
 
 @app.command()
