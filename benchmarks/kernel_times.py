@@ -40,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shapes", nargs="+", type=parse_shapes, default=_DEFAULT, help="TOKENSxINxOUTxR, or a set")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--contenders", nargs="+", default=["frozen", "neat", "neat_half"], choices=list(CONTENDERS))
+    parser.add_argument("--ceilings", action="store_true", help="measure the ceilings alone")
     parser.add_argument("--output", type=Path, required=True, help="write the results to this JSON file")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -48,6 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
     results: dict[str, Any] = {"provenance": provenance(), "dtype": options.dtype, "ceilings": _ceilings(device)}
     print(", ".join(f"{name} {value:.3g}" for name, value in results["ceilings"].items()))
     results["cases"], sound = [], True
+    if options.ceilings:
+        write_json(options.output, results)
+        return 0
     for shape in (one for group in options.shapes for one in group):
         problem = make_problem(shape, getattr(torch, options.dtype), device)
         for name in options.contenders:

@@ -83,7 +83,7 @@ def _done_before(options: argparse.Namespace, facts: dict[str, Any]) -> list[dic
         return []
     before = json.loads(options.output.read_text())
     same = all(before["provenance"][key] == facts[key] for key in ("commit", "device", "versions"))
-    return list(before["cases"]) if same else []
+    return list(before.get("cases", [])) if same else []
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

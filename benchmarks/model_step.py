@@ -91,7 +91,7 @@ def _done_before(options: argparse.Namespace, facts: dict[str, Any], settings: d
         return {}
     before = json.loads(options.output.read_text())
     same = all(before["provenance"][key] == facts[key] for key in ("commit", "device", "versions"))
-    same &= all(before[name] == value for name, value in settings.items())
+    same &= all(before.get(name) == value for name, value in settings.items())
     runs: dict[str, list[dict[str, Any]]] = before["runs"] if same else {}
     return {name: [run for run in done if "failed" not in run] for name, done in runs.items()}
 

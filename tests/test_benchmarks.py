@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import os
+import re
 import statistics
 import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -30,6 +33,7 @@ from neat_kernels.bench.problem import make_problem
 from neat_kernels.bench.processes import fresh_processes, is_sound, summarize
 from neat_kernels.bench.shapes import LAYERS, TOKENS, LayerShape, parse_shapes
 
+ROOT = provenance.ROOT
 SHAPE = LayerShape(tokens=33, in_features=48, out_features=40, r=4)
 
 
@@ -238,6 +242,52 @@ def test_the_parts_of_the_cpu_suite_are_commands_that_there_are(tmp_path):
     for part, (_, module, *arguments) in cpu_suite.PARTS.items():
         parse = {"benchmarks.layer_ratio": layer_ratio, "benchmarks.model_step": model_step}[module]._parse
         assert parse([*arguments, *more]).processes == 5, part
+
+
+SUITE = ROOT / "benchmarks" / "gpu_suite.sh"
+
+
+def gpu_suite(out, *arguments):
+    environment = {**os.environ, "PYTHON": sys.executable, "OUT": str(out), "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(["bash", SUITE, *arguments], capture_output=True, text=True, env=environment)
+
+
+def test_the_gpu_suite_skips_what_has_no_device_and_sums_up(tmp_path):
+    done = gpu_suite(tmp_path, "environment", "layer-small", "model")
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = [line.split(maxsplit=3) for line in done.stdout.splitlines()[-3:]]
+    assert [(line[0], line[3]) for line in summary] == [
+        ("environment", "ok"), ("layer-small", "skipped: no CUDA device"), ("model", "skipped: no CUDA device")
+    ]  # fmt: skip
+    assert json.loads((tmp_path / "layer-small.json").read_text())["outcome"] == "skipped: no CUDA device"
+    again = gpu_suite(tmp_path, "--resume", "environment", "model", "kernels")
+    assert "=== environment: done before" in again.stdout
+    parts = [line.split()[0] for line in (tmp_path / "summary.txt").read_text().splitlines()]
+    assert parts == ["environment", "layer-small", "model", "kernels"]
+
+
+def test_the_gpu_suite_refuses_a_part_that_it_has_not(tmp_path):
+    done = gpu_suite(tmp_path / "out", "everything")
+    assert done.returncode == 2
+    assert "expected parts among: environment ceilings" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_gpu_suite_says_what_its_parts_are():
+    text = SUITE.read_text()
+    (listed,) = re.findall(r"^PARTS=\((.*?)\)", text, re.MULTILINE | re.DOTALL)
+    assert re.findall(r"^#   ([a-z-]+)  +\S", text, re.MULTILINE) == listed.split()
+
+
+def test_a_file_of_a_part_that_was_skipped_is_nothing_to_go_on_with(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    provenance.write_json(path, {"provenance": provenance.provenance("x"), "outcome": "skipped"})
+    command = ["--shapes", "80x24x20x2", "--dtypes", "float32", "--seconds", "0.01", "--processes", "1",
+               "--contenders", "neat", "--output", str(path), "--resume"]  # fmt: skip
+    assert layer_ratio.main(command) == 0
+    provenance.write_json(path, {"provenance": provenance.provenance("x"), "outcome": "skipped"})
+    monkeypatch.setattr(model_step, "_fresh_process", lambda name, options: step_of(2.0))
+    assert model_step.main(["--contenders", "frozen", "--output", str(path), "--resume"]) == 0
 
 
 def test_the_registry_has_the_layers_of_the_models():

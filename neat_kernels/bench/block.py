@@ -253,7 +253,7 @@ def _build(one: Contender, problem: Any) -> Layer:
             for parameter, value in zip((A, B), adapters[one.update], strict=True):
                 parameter.copy_(value)
         trainable |= {f"dA {name}": A, f"dB {name}": B}
-    return Layer(block, trainable)
+    return Layer(block, trainable, caches=one.name in ("neat", "neat_half", "accelerated"))
 
 
 def _parameters(layer: Any) -> tuple[nn.Parameter, nn.Parameter]:

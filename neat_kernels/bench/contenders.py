@@ -23,12 +23,14 @@ class Layer:
         forward: the call that is timed.
         trainable: parameters by the name of their gradient.
         frozen: weight and bias, where `forward` is a function.
+        caches: whether inference reads features from a cache.
         given: the forward with features made beforehand, where a CUDA graph cannot read those that `forward` caches.
     """
 
     forward: Callable[[Tensor], Tensor]
     trainable: dict[str, nn.Parameter] = field(default_factory=dict)
     frozen: tuple[Tensor, ...] = ()
+    caches: bool = False
     given: Callable[[Tensor], Tensor] | None = None
 
     @property
@@ -217,7 +219,8 @@ def _stock_peanut(problem: Problem, accelerated: bool) -> Layer:
         from neat_kernels.integrations.peft import accelerate
 
         accelerate(layer)
-    return _with_adapter(layer, problem, "neat", layer.peanut_A["default"].weight, layer.peanut_B["default"].weight)
+    A, B = layer.peanut_A["default"].weight, layer.peanut_B["default"].weight
+    return dataclasses.replace(_with_adapter(layer, problem, "neat", A, B), caches=accelerated)
 
 
 def _stock_lora(problem: Problem, autocast_adapter_dtype: bool) -> Layer:
@@ -252,7 +255,7 @@ def _fused_neat(problem: Problem, adapter_dtype: torch.dtype | None) -> Layer:
         dtype=adapter_dtype,
     )
     built = _with_adapter(layer, problem, "neat", layer.neat_A, layer.neat_B)
-    return dataclasses.replace(built, given=_with_features(layer, problem.dtype))
+    return dataclasses.replace(built, caches=True, given=_with_features(layer, problem.dtype))
 
 
 def _with_features(layer: Any, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

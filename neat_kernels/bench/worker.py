@@ -106,6 +106,9 @@ def _graphs(
 ) -> dict[str, Callable[[], float]]:
     graphs = {}
     for name, layers in built.items():
+        if mode == "inference" and layers[0].caches and layers[0].given is None:
+            report[name]["no_graph"] = "a graph reads no cache of features"
+            continue
         try:
             graphs[name] = graphed(layers, problem, mode)
         except Exception as error:  # what cannot be captured keeps its eager time
