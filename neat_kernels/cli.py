@@ -13,9 +13,22 @@ from rich.markup import escape
 
 from neat_kernels._version import __version__
 
+# One paragraph a line: rich would otherwise join the lines of the code.
+UNDER_PEFT = """\
+[bold]An existing PEFT script, PEANuT or LoRA, in three lines:[/]
+
+from neat_kernels.integrations.peft import accelerate
+
+model = get_peft_model(model, PeanutConfig(...))  # as before, or LoraConfig(...)
+
+print(accelerate(model))
+"""
+
 app = typer.Typer(
     name="neat-kernels",
     help="Fast Neat fine-tuning: see what this machine can run, fine-tune a model, predict costs, tune launches.",
+    epilog=UNDER_PEFT,
+    rich_markup_mode="rich",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
