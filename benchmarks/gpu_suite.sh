@@ -40,7 +40,7 @@ done
 
 "$PYTHON" -c 'import torch' || die "$PYTHON cannot import torch; set PYTHON to an interpreter that can"
 command -v timeout > /dev/null || die "expected the command 'timeout' (coreutils), found none"
-device="$("$PYTHON" -m benchmarks.provenance name)" || die "the package cannot be imported"
+device="$("$PYTHON" -m neat_kernels.bench.provenance name)" || die "the package cannot be imported"
 OUT="${OUT:-benchmarks/results/$(date -u +%Y-%m-%d)-$device}"
 mkdir -p "$OUT" || die "cannot write to $OUT"
 
@@ -69,7 +69,7 @@ obstacle() {
 # Set `command` to the command of a part.
 command_of() {
     case "$1" in
-        environment) command=("$PYTHON" -m benchmarks.provenance) ;;
+        environment) command=("$PYTHON" -m neat_kernels.bench.provenance) ;;
         tests-gpu) command=("$PYTHON" -m pytest -m gpu) ;;
         # Nearly all of its time is the compiler's: 15 workers take two minutes, one takes half an hour.
         tests-kernels) command=("$PYTHON" -m pytest tests/kernels ${workers[@]+"${workers[@]}"}) ;;
@@ -117,7 +117,7 @@ run_part() {
         [[ "${command[2]}" != pytest ]] || outcome="$outcome; $(tail -n 1 "$output" | tr -d =)"
     fi
     [[ -s "$OUT/$part.json" ]] ||
-        "$PYTHON" -m benchmarks.provenance write "$OUT/$part.json" "$outcome" "${command[@]}" || rc=1
+        "$PYTHON" -m neat_kernels.bench.provenance write "$OUT/$part.json" "$outcome" "${command[@]}" || rc=1
     printf '%-12s %4d s  %s\n' "$part" "$((SECONDS - start))" "$outcome" >> "$OUT/summary.txt"
     return "$rc"
 }

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.contenders import CONTENDERS
-from benchmarks.measure import check, run, weight_copies
-from benchmarks.problem import Problem, make_problem
-from benchmarks.provenance import provenance, write_json
-from benchmarks.shapes import SHAPES, parse_shapes
+from neat_kernels.bench.contenders import CONTENDERS
+from neat_kernels.bench.measure import check, run, weight_copies
+from neat_kernels.bench.problem import Problem, make_problem
+from neat_kernels.bench.provenance import provenance, write_json
+from neat_kernels.bench.shapes import SHAPES, parse_shapes
 from neat_kernels.tuning.timing import Problem as Timed
 from neat_kernels.tuning.timing import prepare
 

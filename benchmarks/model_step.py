@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.models import ALL_LINEAR, MODELS, Model
-from benchmarks.provenance import ROOT, provenance, write_json
+from neat_kernels.bench.provenance import ROOT, provenance, write_json
 from neat_kernels.finetune.memory import peak_of_step
 
 _WARM_UP = 2

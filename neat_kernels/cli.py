@@ -63,6 +63,7 @@ def options(
 def told_plainly() -> Iterator[None]:
     """Turn the errors a user can act on into one message and an exit status."""
     from neat_kernels.adapters.errors import AdapterError
+    from neat_kernels.bench import BenchError
     from neat_kernels.finetune.interrupt import Interrupted
     from neat_kernels.finetune.settings import UsageError
     from neat_kernels.finetune.train import TrainingError
@@ -73,7 +74,7 @@ def told_plainly() -> Iterator[None]:
     except Interrupted as error:
         Console(stderr=True).print(escape(str(error)), highlight=False, soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from error
-    except (UsageError, TrainingError, TuningError, AdapterError, OSError) as error:
+    except (UsageError, TrainingError, TuningError, AdapterError, BenchError, OSError) as error:
         Console(stderr=True).print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(USAGE if isinstance(error, UsageError) else FAILURE) from error
 
@@ -184,29 +185,50 @@ LAYER, FILES = "Layer and device", "Files"
 
 @app.command()
 def bench(
+    preset: Annotated[
+        Text, typer.Argument(help="quick, under three minutes on a CPU, or full.", show_default="quick")
+    ] = None,
     model: Annotated[bool, typer.Option("--model", help="Predict from the performance model; nothing is run.")] = False,
-    device: Annotated[Text, option("A device that the model knows, such as H200 or A100.", "H200", LAYER)] = None,
+    device: Annotated[
+        Text,
+        option("cpu or cuda; with --model one that the model knows, such as A100.", "cuda or cpu; model: H200", LAYER),
+    ] = None,
     shape: Annotated[
-        Texts, option("A layer as TOKENSxINxOUT; may be repeated.", "the four layers of the budgets", LAYER)
+        Texts,
+        option("A layer as TOKENSxINxOUT or, measured, LAYER@TOKENS; may be repeated.", "the preset's layers", LAYER),
     ] = None,
-    r: Annotated[Whole, option("Rank of the adapter, up to 128.", "16", LAYER, "--r", "--rank")] = None,
-    dtype: Annotated[Text, option("bf16, fp16 or fp32.", "bf16", LAYER)] = None,
-    plan: Annotated[Text, option("auto, fused, cublas or small.", "auto: the model's choice", LAYER)] = None,
+    r: Annotated[
+        Whole, option("Rank of the adapter of --shape; with --model up to 128.", "16", LAYER, "--r", "--rank")
+    ] = None,
+    dtype: Annotated[Text, option("bf16, fp16 or fp32.", "what the device multiplies; model: bf16", LAYER)] = None,
+    threads: Annotated[Whole, option("CPU threads.", "torch's", LAYER)] = None,
+    plan: Annotated[
+        Text, option("With --model: auto, fused, cublas or small.", "auto: the model's choice", LAYER)
+    ] = None,
     compare: Annotated[
-        Place, option("Print predictions beside the measurements of benchmarks.layer_ratio.", "none", FILES)
+        Place, option("An earlier result: measure it again, and tell what changed beyond noise.", "none", FILES)
     ] = None,
-    json: Annotated[Place, option("Write the predictions to this file too.", "none", FILES)] = None,
+    measured: Annotated[
+        Place, option("A result to compare with it, or to predict with --model; nothing is run.", "none", FILES)
+    ] = None,
+    json: Annotated[
+        Place, option("Write the results to this file.", "named after the time; model: none", FILES)
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace that file if it is there.", rich_help_panel=FILES)
     ] = False,
 ) -> None:
-    """Predict bytes, operations and time of every kernel of a layer, beside the frozen linear and PEFT's LoRA.
+    """Time one layer against the frozen linear, LoRA and other ways to run Neat, each held to float64 first.
 
-    Predictions are no measurements. Those are made by `make bench` in a clone of the repository.
+    Prints ratios to the frozen linear with their spread over fresh processes, and memory; writes them as JSON. With
+    --model it predicts bytes, operations and time of every kernel on a GPU instead: predictions are no measurements.
     """
     given = dict(locals())
     with told_plainly():
-        from neat_kernels.model.command import run
+        if model:
+            from neat_kernels.model.command import run
+        else:
+            from neat_kernels.bench.command import run
 
         run(given, Console())
 
