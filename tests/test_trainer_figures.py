@@ -1,4 +1,4 @@
-"""What NeatCallback adds to the logs of a Trainer, and the parameter groups of an optimizer."""
+"""What NeatCallback adds to the logs of a Trainer."""
 
 import math
 from types import SimpleNamespace
