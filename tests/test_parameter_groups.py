@@ -12,6 +12,8 @@ pytest.importorskip("peft")
 
 from trainer_problem import WAYS, Texts, adapted, trained, trainer_of
 
+pytestmark = pytest.mark.usefixtures("frozen_garbage")
+
 PARTS = {
     "A": ("neat_A", "peanut_A", "lora_A"),
     "B": ("neat_B", "peanut_B", "lora_B"),

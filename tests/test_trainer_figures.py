@@ -19,6 +19,8 @@ from trainer_problem import LENGTH, WAYS, Texts, adapted, trained, trainer_of  #
 from neat_kernels.integrations import trainer as module  # noqa: E402
 from neat_kernels.integrations.trainer import NeatCallback  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("frozen_garbage")
+
 ALWAYS = {"neat/step_time_s", "neat/tokens_per_second", "neat/peak_memory_mib"}
 
 
