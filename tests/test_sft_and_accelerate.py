@@ -84,10 +84,12 @@ def test_sft_on_packed_texts_trains_what_stock_peanut_trains(gradient_checkpoint
 
 @pytest.mark.parametrize("way", ["neat", "fused"])
 def test_packed_texts_do_not_see_one_another(way, tmp_path):
-    packed, apart = adapted("llama", way), None
+    packed = adapted("llama", way)
     apart = copy.deepcopy(packed)
     arguments = {"max_steps": 1, "per_device_train_batch_size": len(LENGTHS)}
-    sft(packed, tmp_path, **arguments).train()
+    trainer = sft(packed, tmp_path, **arguments)
+    assert len(trainer.train_dataset) < len(LENGTHS)
+    trainer.train()
     sft(apart, tmp_path, packing=False, **arguments).train()
     expected = trained(apart)
     for name, p in trained(packed).items():
@@ -126,9 +128,9 @@ def test_accelerate_s_loop_trains_what_a_plain_one_trains(way, name):
             accelerator.backward(prepared(**batch).loss)
             optimizer.step()
             optimizer.zero_grad()
-    model_, optimizer, loader = parts(plain)
+    _, optimizer, loader = parts(plain)
     for i, batch in enumerate(loader):
-        (model_(**batch).loss / 2).backward()
+        (plain(**batch).loss / 2).backward()
         if i % 2:
             optimizer.step()
             optimizer.zero_grad()

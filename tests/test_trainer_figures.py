@@ -1,6 +1,7 @@
 """What NeatCallback adds to the logs of a Trainer."""
 
 import math
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -249,6 +250,27 @@ def test_tokens_without_a_mask_are_all_and_without_tokens_none():
     assert module._tokens({"input_ids": tokens, "attention_mask": torch.ones(2, 1, 5, 5)}) == 10
     assert module._tokens({"pixel_values": torch.zeros(2, 3)}) is None
     assert module._tokens([{"prompt": "text"}]) is None
+
+
+def on(*devices):
+    """A model with parameters on devices that need not be there."""
+    return SimpleNamespace(parameters=lambda: [SimpleNamespace(device=torch.device(device)) for device in devices])
+
+
+def test_peak_memory_is_that_of_the_fullest_gpu_of_the_model(monkeypatch):
+    peaks = {"cuda:0": 3 << 20, "cuda:1": 5 << 20}
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peaks[str(device)])
+    assert module._peak_memory(on("cuda:0", "cpu")) == {"peak_memory_mib": 3.0}
+    assert module._peak_memory(on("cuda:0", "cuda:1")) == {"peak_memory_mib": 5.0}
+    # Neither torch's peak nor that of the process would be about this model.
+    assert module._peak_memory(on("mps")) == {}
+
+
+def test_peak_memory_of_a_model_on_the_cpu_is_the_process_s():
+    resource = pytest.importorskip("resource")
+    (peak,) = module._peak_memory(on("cpu")).values()
+    unit = 1 if sys.platform == "darwin" else 1024
+    assert 0 < peak <= resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def test_time_of_evaluation_and_saving_is_left_out(tmp_path, monkeypatch):
