@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 
+import neat_kernels as nk
+
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
 accelerate_library = pytest.importorskip("accelerate")
@@ -109,6 +111,17 @@ def test_sft_makes_neat_adapters_itself(tmp_path):
     assert all(update.delta_norm > 0 for update in updates.values())
     trainer.save_model(str(tmp_path / "saved"))
     assert (tmp_path / "saved" / "adapter_model.safetensors").exists()
+
+
+def test_an_adapter_that_is_never_called_is_told(tmp_path):
+    # TRL multiplies by the weight of lm_head itself; it refuses an adapter of PEFT there, and does not know ours.
+    model, _ = make_case("llama")
+    nk.apply_neat(model, nk.NeatConfig(r=4, target_modules=["q_proj", "lm_head"]))
+    trainer = sft(model, tmp_path)
+    NeatCallback().attach(trainer)
+    with pytest.warns(UserWarning, match="2 of 6 trained parameters got no gradient .* such as lm_head") as told:
+        trainer.train()
+    assert sum("got no gradient" in str(warning.message) for warning in told) == 1
 
 
 @pytest.mark.parametrize("name", ["llama", "roberta"])

@@ -15,6 +15,7 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 from models import make_case  # noqa: E402
+from test_docs import ROOT, blocks, read  # noqa: E402
 from trainer_problem import LENGTH, WAYS, Texts, adapted, trained, trainer_of  # noqa: E402
 
 from neat_kernels.integrations import trainer as module  # noqa: E402
@@ -45,6 +46,14 @@ def delta(layer):
 def base_norm(layer):
     weight = layer.base_weight if isinstance(layer, nk.FusedNeatLinear) else layer.get_base_layer().weight
     return weight.double().norm().item()
+
+
+def test_the_page_s_code_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = ROOT / "docs" / "trainer.md"
+    ((_, source),) = blocks(read(page), "python")
+    exec(compile(source, str(page), "exec"), {"__name__": "page"})
+    assert float(capsys.readouterr().out.splitlines()[-1]) > 0
 
 
 @pytest.mark.parametrize("name", ["llama", "roberta"])

@@ -39,7 +39,9 @@ class NeatCallback(TrainerCallback):
     - neat/peak_memory_mib: torch's peak since the process began, on that GPU of the model where it is highest; for a
       model on the CPU the peak resident memory of the process, where the system tells it.
 
-    Only the first process of a distributed run measures. Gradients and random numbers are not touched.
+    Only the first process of a distributed run measures. Gradients and random numbers are not touched. A trained
+    parameter that the first step gives no gradient is warned of: whoever reads a layer's weight and never calls the
+    layer trains no adapter of it.
 
     Args:
         every: the Trainer is asked to log at multiples of this many steps, and ΔW is measured only then; None measures
@@ -57,7 +59,7 @@ class NeatCallback(TrainerCallback):
         if not isinstance(per_layer, bool):
             raise TypeError(f"per_layer must be True or False, got {per_layer!r}")
         self.every, self.per_layer = every, per_layer
-        self._attached = self._warned = False
+        self._attached = self._warned = self._checked = False
         self._weight_norms: dict[str, float | None] = {}
         self._window = _Window()
 
@@ -106,7 +108,7 @@ class NeatCallback(TrainerCallback):
         """Begin anew."""
         self._check_attached()
         self._weight_norms, self._window = {}, _Window()
-        self._warned = False
+        self._warned = self._checked = False
 
     def _check_attached(self) -> None:
         if not self._attached:
@@ -121,6 +123,28 @@ class NeatCallback(TrainerCallback):
         """Start the clock at the first step."""
         if self._window.began is None:
             self._window = _Window(time.perf_counter(), state.global_step)
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Warn of parameters that the first step does not reach."""
+        if self._checked or model is None:
+            return
+        self._checked = True
+        parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        missed = [name for name, p in parameters if p.grad is None]
+        # DeepSpeed keeps every gradient elsewhere.
+        if 0 < len(missed) < len(parameters):
+            warnings.warn(
+                f"{len(missed)} of {len(parameters)} trained parameters got no gradient in the first step, such as "
+                f"{missed[0]}: nothing calls their layer",
+                stacklevel=2,
+            )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask the Trainer to log."""
