@@ -177,6 +177,24 @@ def test_stock_peanut_is_measured_too():
     assert update.features == 2
 
 
+@pytest.mark.parametrize("method", ["neat", "lora"])
+def test_norms_over_a_quantised_weight(method):
+    from neat_kernels.integrations.peft import NeatConfig
+
+    torchao = pytest.importorskip("torchao.quantization")
+    model = nn.Sequential(nn.Linear(64, 48))
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+    config = NeatConfig(target_modules=["0"], r=2) if method == "neat" else peft.LoraConfig(target_modules=["0"], r=2)
+    model = peft.get_peft_model(model, config)
+    layer = model.base_model.model[0]
+    nn.init.normal_((layer.neat_B if method == "neat" else layer.lora_B)["default"].weight)
+    updates, left_out = measure_updates(model)
+    (update,) = updates.values()
+    assert not left_out
+    assert update.weight_norm == pytest.approx(layer.get_base_layer().weight.dequantize().double().norm().item())
+    assert update.delta_norm == pytest.approx(delta(layer), rel=1e-5)
+
+
 def test_a_shard_is_no_matrix():
     layer = nk.FusedNeatLinear(8, 6, r=2)
     layer.neat_A.data = torch.empty(0)

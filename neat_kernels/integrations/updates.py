@@ -72,23 +72,25 @@ def measure_updates(
     Returns:
         The updates by layer, and the adapted layers that are left out, each with the reason.
     """
-    layers: dict[str, _Layer] = {}
+    norms: MutableMapping[str, float | None] = {} if weight_norms is None else weight_norms
+    squares: dict[str, Tensor] = {}
+    dead: dict[str, Tensor] = {}
+    read: dict[str, Tensor] = {}
+    features: dict[str, int] = {}
     left_out: dict[str, str] = {}
     for name, module in model.named_modules():
-        found = _read(module)
-        if isinstance(found, str):
-            left_out[name] = found
-        elif found is not None:
-            layers[name] = found
-    cache = {} if weight_norms is None else weight_norms
-    missing = {n: layer.weight_norm for n, layer in layers.items() if n not in cache}
-    cache.update(dict.fromkeys(missing))
-    cache.update(_values({name: norm() for name, norm in missing.items() if norm is not None}))
-    squares = _values({name: _square(layer.adapters) for name, layer in layers.items()})
-    dead = _values({name: _dead(layer.adapters) for name, layer in layers.items()})
-    features = {name: sum(a.behind_relu.shape[1] for a in _relu(layer.adapters)) for name, layer in layers.items()}
-    updates = {n: Update(max(squares[n], 0.0) ** 0.5, cache[n], features[n], int(dead[n])) for n in layers}
-    return updates, left_out
+        layer = _read(module)
+        if isinstance(layer, str):
+            left_out[name] = layer
+        elif layer is not None:
+            # Of one layer at a time there are factors; what is kept are numbers, fetched together in the end.
+            squares[name], dead[name], features[name] = _square(layer.adapters), *_dead(layer.adapters)
+            if name not in norms and layer.weight_norm is not None:
+                read[name] = layer.weight_norm()
+            norms.setdefault(name)
+    norms.update(_values(read))
+    square, count = _values(squares), _values(dead)
+    return {n: Update(max(square[n], 0.0) ** 0.5, norms[n], features[n], int(count[n])) for n in squares}, left_out
 
 
 def _values(scalars: dict[str, Tensor]) -> dict[str, float]:
@@ -109,13 +111,13 @@ def _square(adapters: list[_Adapter]) -> Tensor:
     return ((up.t() @ up) * (down.t() @ down)).sum()
 
 
-def _relu(adapters: list[_Adapter]) -> list[Any]:
-    return [a for a in adapters if a.behind_relu is not None]
-
-
-def _dead(adapters: list[_Adapter]) -> Tensor:
-    counts = [(a.behind_relu == 0).all(dim=0).sum() for a in _relu(adapters)]
-    return torch.stack(counts).sum() if counts else adapters[0].down.new_zeros((), dtype=torch.int64)
+def _dead(adapters: list[_Adapter]) -> tuple[Tensor, int]:
+    """How many columns behind a relu are zero, and how many there are."""
+    features = [a.behind_relu for a in adapters if a.behind_relu is not None]
+    if not features:
+        return adapters[0].down.new_zeros((), dtype=torch.int64), 0
+    zero = torch.cat([(H == 0).all(dim=0) for H in features])
+    return zero.sum(), zero.numel()
 
 
 def _read(module: nn.Module) -> _Layer | str | None:
