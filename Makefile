@@ -12,7 +12,7 @@ INSTALL := $(PIP) install -c constraints.txt
 # Every model and every example used here is installed by pip: a lookup on a hub would be a mistake.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test lint format bench gate clean
+.PHONY: help demo test lint format bench gate peft-suite clean
 
 help:
 	@echo "make demo    fine-tune MiniLM with Neat beside a linear probe and LoRA; results in demo-output/"
@@ -21,6 +21,7 @@ help:
 	@echo "make format  let ruff rewrite the sources"
 	@echo "make bench   time a layer, a block and a model against their peers; results in bench-output/"
 	@echo "make gate    compile every kernel for seven GPU architectures, and write the report"
+	@echo "make peft-suite PEFT=CHECKOUT  run PEFT's own PEANuT tests on our layers, from a source tree of a PEFT release"
 	@echo "make clean   remove the virtual environment and everything the targets wrote"
 
 # torch goes in first and by itself: an index may offer several builds of it, and no other requirement may choose.
@@ -60,6 +61,11 @@ bench: $(STAMP)
 # Several minutes: every kernel configuration for every architecture.
 gate: $(STAMP)
 	$(BIN)/python -m benchmarks.gate --output benchmarks/results/compile_gate.json
+
+peft-suite: $(STAMP)
+	@test -d "$(PEFT)" || { echo "error: expected a source tree of PEFT, got '$(PEFT)'; give one: make peft-suite PEFT=/path/to/peft" >&2; exit 1; }
+	$(PIP) install attrs diffusers parameterized scipy
+	$(BIN)/python tests/peft_suite "$(PEFT)"
 
 clean:
 	rm -rf "$(VENV)" build dist *.egg-info demo-output bench-output .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -13,9 +13,22 @@ from rich.markup import escape
 
 from neat_kernels._version import __version__
 
+# One paragraph a line: rich would otherwise join the lines of the code.
+UNDER_PEFT = """\
+[bold]An existing PEFT script, PEANuT or LoRA, in three lines:[/]
+
+from neat_kernels.integrations.peft import accelerate
+
+model = get_peft_model(model, PeanutConfig(...))  # as before, or LoraConfig(...)
+
+print(accelerate(model))
+"""
+
 app = typer.Typer(
     name="neat-kernels",
     help="Fast Neat fine-tuning: see what this machine runs, fine-tune a model, measure, predict costs, tune launches.",
+    epilog=UNDER_PEFT,
+    rich_markup_mode="rich",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -95,16 +108,31 @@ Place = Path | None
 
 @app.command()
 def finetune(
+    task: Annotated[
+        Text, option("classify, or lm for a causal language model (needs --model and --data).", "classify", DATA)
+    ] = None,
     model: Annotated[Text, option("Folder or hub id of a text model.", "all-MiniLM-L6-v2, installed", DATA)] = None,
     data: Annotated[
         Place,
-        option("Labelled .csv, .jsonl or .parquet file, or a name for `datasets`.", "docstrings of libraries", DATA),
+        option(
+            ".csv, .jsonl or .parquet file (lm: .txt too), or a name for `datasets`.", "docstrings of libraries", DATA
+        ),
     ] = None,
     text_column: Annotated[Text, option("Column of the text.", "text", DATA)] = None,
+    prompt_column: Annotated[Text, option("lm: column of a prompt that is not learned.", "none", DATA)] = None,
+    messages_column: Annotated[
+        Text, option("lm: column of chats, of which the assistant's turns are learned.", "none", DATA)
+    ] = None,
     label_column: Annotated[Text, option("Column of the label.", "label", DATA)] = None,
     pair_column: Annotated[Text, option("Column of a second text, for pairs.", "none", DATA)] = None,
     methods: Annotated[
-        Texts, option(f"probe, lora, neat or full; {SEVERAL}, are compared.", "probe,lora,neat", METHODS, "--method")
+        Texts,
+        option(
+            f"probe (not lm), lora, neat or full; {SEVERAL}, are compared.",
+            "probe,lora,neat; lm: lora,neat",
+            METHODS,
+            "--method",
+        ),
     ] = None,
     r: Annotated[Whole, option("Rank of the adapters.", "8", METHODS, "--r")] = None,
     depth: Annotated[Whole, option("Neat: pairs of encoder and decoder.", "0", METHODS)] = None,
@@ -119,8 +147,10 @@ def finetune(
         option(f"Learning rate; of {SEVERAL}, each method gets its best in validation.", "each method's own", TRAINING),
     ] = None,
     steps: Annotated[Whole, option("Optimizer steps.", "200", TRAINING)] = None,
-    batch_size: Annotated[Whole, option("Texts in a step.", "32", TRAINING)] = None,
-    max_length: Annotated[Whole, option("Tokens read of each text.", "32 of a docstring, else 128", TRAINING)] = None,
+    batch_size: Annotated[Whole, option("Texts in a step; lm: rows.", "32; lm: 8", TRAINING)] = None,
+    max_length: Annotated[
+        Whole, option("Tokens read of each text; lm: of a row.", "32 of a docstring, else 128; lm: 512", TRAINING)
+    ] = None,
     dtype: Annotated[
         Text, option("float32; or bfloat16, float16: what trains stays float32.", "float32", TRAINING)
     ] = None,
@@ -134,7 +164,7 @@ def finetune(
         bool, typer.Option("--resume", help="Go on with a run that was stopped, as if it had not.")
     ] = False,
 ) -> None:
-    """Fine-tune a pretrained text model as a classifier by several methods, and compare them.
+    """Fine-tune a pretrained text model by several methods, and compare them: as a classifier, or as a language model.
 
     Without options, MiniLM learns to tell from a docstring which library it was written for; nothing is downloaded.
     Ctrl-C writes what there is: the same command with --resume goes on from there.

@@ -383,6 +383,10 @@ class FusedNeatLinear(nn.Module):
         if not self._features_are_given(parameters):
             return None
         if self._reused is not None:
+            if getattr(self, "_is_replica", False):
+                raise RuntimeError(
+                    "reuse_features() cannot be used under nn.DataParallel, whose replicas have parameters of their own"
+                )
             return self._as_factors(self._reused.checked(parameters), self.neat_B)
         dtype = self.compute_dtype or autocast_dtype(x)
         key = (dtype, self.orientation, self.activation)

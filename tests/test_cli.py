@@ -207,3 +207,9 @@ def test_the_real_default_model_trains(data, tmp_path, monkeypatch):
     # 6 layers × (query, value) × r × (384 + 384)
     assert lora["trainable"] - lora["head"] == neat["trainable"] - neat["head"] == 6 * 2 * 8 * 768
     assert lora["losses"][0] == pytest.approx(neat["losses"][0], rel=1e-4)
+
+
+def test_help_shows_how_a_script_of_peft_becomes_ours():
+    result = CliRunner().invoke(app, ["--help"])
+    assert "from neat_kernels.integrations.peft import accelerate" in result.output
+    assert "print(accelerate(model))" in result.output

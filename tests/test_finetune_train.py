@@ -72,7 +72,7 @@ def test_every_method_learns_and_is_measured(method, bert, tokens):
     progress = Silent()
     result = train(method, bert, tokens, progress=progress)
     assert sum(result.losses[-5:]) < 0.8 * sum(result.losses[:5])
-    assert result.test_accuracy > 0.6
+    assert result.test_score > 0.6
     assert progress.steps == list(range(1, 41))
     assert result.validation == progress.accuracies
     assert [step for step, _ in result.validation] == [8, 16, 24, 32, 40]
@@ -96,7 +96,7 @@ def test_a_method_does_not_depend_on_what_ran_before(bert, tokens):
     train("lora", bert, tokens)
     again = train("neat", bert, tokens)
     assert again.losses == alone.losses
-    assert (again.test_accuracy, again.peak_bytes) == (alone.test_accuracy, alone.peak_bytes)
+    assert (again.test_score, again.peak_bytes) == (alone.test_score, alone.peak_bytes)
 
 
 @pytest.mark.parametrize("method", ["probe", "lora", "neat"])
@@ -313,7 +313,7 @@ def test_neat_is_compared_on_the_same_texts():
         f"Neat against linear probe: +12.5 ± {width:.1f} points, more than chance explains"
     ]
     probe, neat = results()
-    neat.test_right = probe.test_right[::-1]
+    neat.test_values = probe.test_values[::-1]
     assert comparisons([neat, probe])[0].startswith("Neat against linear probe: +0.0 ± ")
     assert comparisons([neat, probe])[0].endswith("within what chance explains")
     assert comparisons([probe]) == []
@@ -340,7 +340,7 @@ def test_the_report_holds_all_it_shows(tmp_path):
     assert "a [bold] one" in page
     assert "load(&quot;a folder&quot;)" in page
     for result in results():
-        assert f"{100 * result.test_accuracy:.1f} ±" in page
+        assert f"{100 * result.test_score:.1f} ±" in page
     # Nothing is fetched from elsewhere.
     assert not re.search(r"(src|href)=.(?!data:)|url\(|@import", page)
 

@@ -126,7 +126,7 @@ def fake(accuracies, calls):
             raise TrainingError("not finite")
         result = MethodResult(method, settings.lr, 0.03, 9, 3, [1.0], [(1, accuracy)], seeds=[settings.seed])
         if worth(result, nn.Linear(1, 1)):
-            result.test_right = [1.0, float(settings.seed % 2)]
+            result.test_values = [1.0, float(settings.seed % 2)]
         return result
 
     return train
@@ -142,9 +142,9 @@ def test_the_rate_is_chosen_by_validation_with_the_first_seed(tmp_path):
     assert len(kept) == 2, "what the best rate so far has trained"
     assert (result.lr, result.seeds) == (1e-2, [4, 5, 6])
     assert result.grid == [(1e-3, 0.5), (1e-2, 0.7), (1e-1, 0.7), (1.0, None)]
-    assert result.accuracies == [0.5, 1.0, 0.5]
-    assert result.test_right == [1.0, pytest.approx(1 / 3)]
-    assert run_trials("neat", settings, files, fake(table, calls), kept.append).accuracies == result.accuracies
+    assert result.test_scores == [0.5, 1.0, 0.5]
+    assert result.test_values == [1.0, pytest.approx(1 / 3)]
+    assert run_trials("neat", settings, files, fake(table, calls), kept.append).test_scores == result.test_scores
     assert len(calls) == 6, "a trial that has a result is not trained again"
 
 

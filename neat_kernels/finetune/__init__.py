@@ -1,4 +1,4 @@
-"""Fine-tune a pretrained text model as a classifier by Neat, LoRA, a linear probe or in full, and compare them."""
+"""Fine-tune a pretrained text model by Neat, LoRA, a linear probe or in full, and compare them."""
 
 from neat_kernels.finetune.artifacts import Classifier, load_classifier
 

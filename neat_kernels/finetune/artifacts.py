@@ -21,17 +21,19 @@ from neat_kernels.adapters.lora_import import from_lora
 from neat_kernels.adapters.save import save_adapter, write_json, write_tensors
 from neat_kernels.finetune.batches import Batch, as_tokens, encode
 from neat_kernels.finetune.data import Text
-from neat_kernels.finetune.model import Pretrained, TextClassifier
-from neat_kernels.finetune.settings import UsageError
+from neat_kernels.finetune.model import CLASSES, Pretrained, TaskModel, TextClassifier
+from neat_kernels.finetune.settings import CLASSIFY, LM, UsageError
 from neat_kernels.vocabulary import check_int
 
-CLASSIFIER, HEAD, ADAPTER, LORA, MODEL = "classifier.json", "head.safetensors", "adapter", "lora", "model"
+CLASSIFIER, LANGUAGE_MODEL, HEAD = "classifier.json", "language_model.json", "head.safetensors"
+ADAPTER, LORA, MODEL = "adapter", "lora", "model"
 FORMAT = 1
 _PREDICTION_BATCH = 64
 # What a run leaves in the folder of a method.
 _OWN = (
-    CLASSIFIER, HEAD, ADAPTER, LORA, MODEL, f"{ADAPTER}/adapter_*", f"{ADAPTER}/README.md", f"{LORA}/adapter_*",
-    f"{LORA}/README.md", f"{MODEL}/*.json", f"{MODEL}/model*.safetensors",
+    CLASSIFIER, LANGUAGE_MODEL, HEAD, ADAPTER, LORA, MODEL, f"{ADAPTER}/adapter_*", f"{ADAPTER}/README.md",
+    f"{LORA}/adapter_*", f"{LORA}/README.md", f"{MODEL}/*.json", f"{MODEL}/model*.safetensors",
+    f"{MODEL}/chat_template.jinja", f"{MODEL}/merges.txt", f"{MODEL}/vocab.txt", f"{MODEL}/tokenizer.model",
 )  # fmt: skip
 
 
@@ -105,7 +107,7 @@ def save_trained(folder: Path, method: str, model: TextClassifier, task: Task, b
     _check_replaceable(folder, overwrite)
     head = {name: copied(f"head.{name}", value) for name, value in model.head.state_dict().items()}
     with whole_folder(folder) as temporary:
-        lines = _SAVE[method](temporary, folder, model.backbone, batch)
+        lines = _SAVE[method](temporary, folder, model.backbone, batch, CLASSIFY)
         write_tensors(temporary / HEAD, head, {})
         facts = {
             "format": FORMAT,
@@ -119,9 +121,38 @@ def save_trained(folder: Path, method: str, model: TextClassifier, task: Task, b
         write_json(temporary / CLASSIFIER, facts)
 
 
+def save_language_model(
+    folder: Path, method: str, model: TaskModel, base: str, tokenizer: Any, batch: Batch, overwrite: bool
+) -> None:
+    """Write what `method` has trained of a language model: its adapter or model, whole or not at all.
+
+    Args:
+        folder: of this method.
+        method: lora, neat or full.
+        model: the trained model.
+        base: folder or hub id of the model that it was made from.
+        tokenizer: of that model, written beside a whole model.
+        batch: texts by which the export as LoRA is checked.
+        overwrite: replace what an earlier run has left there.
+
+    Raises:
+        AdapterError: the folder holds other files, or what was trained is not finite.
+        OSError: the disk is full or cannot be written.
+    """
+    _check_replaceable(folder, overwrite)
+    with whole_folder(folder) as temporary:
+        lines = _SAVE[method](temporary, folder, model.backbone, batch, LM)
+        if method == "full":
+            tokenizer.save_pretrained(temporary / MODEL)
+        else:
+            lines.insert(0, f'model = transformers.{CLASSES[LM]}.from_pretrained("{base}")')
+        write_json(temporary / LANGUAGE_MODEL, {"format": FORMAT, "method": method, "model": base, "load": lines})
+
+
 def how_to_load(folder: Path) -> list[str]:
-    """How what `save_trained` has written is loaded, a line each."""
-    return list(json.loads((folder / CLASSIFIER).read_text(encoding="utf-8"))["load"])
+    """How what a run has left in the folder of a method is loaded, a line each."""
+    path = next(path for path in (folder / CLASSIFIER, folder / LANGUAGE_MODEL) if path.is_file())
+    return list(json.loads(path.read_text(encoding="utf-8"))["load"])
 
 
 def load_classifier(folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> Classifier:
@@ -156,18 +187,19 @@ def _check_replaceable(folder: Path, overwrite: bool) -> None:
     check_destination(folder, overwrite, {path.parts[0] for path in there})
 
 
-def _save_neat(temporary: Path, folder: Path, backbone: nn.Module, batch: Batch) -> list[str]:
+def _save_neat(temporary: Path, folder: Path, backbone: nn.Module, batch: Batch, task: str) -> list[str]:
     saved = save_adapter(backbone, temporary / ADAPTER)
     exported = export_lora(backbone, temporary / LORA, batch=batch.inputs)
+    compared = "logits" if task == LM else "hidden states"
     by_peft = "" if saved.reasons else f', or peft.PeftModel.from_pretrained(model, "{folder / ADAPTER}")'
     return [
         f'neat_kernels.load_adapter(model, "{folder / ADAPTER}"){by_peft}',
-        f'peft.PeftModel.from_pretrained(model, "{folder / LORA}") as LoRA; the hidden states differ by at most '
+        f'peft.PeftModel.from_pretrained(model, "{folder / LORA}") as LoRA; the {compared} differ by at most '
         f"{exported.max_difference:.1g} of {exported.max_logit:.1g}",
     ]
 
 
-def _save_lora(temporary: Path, folder: Path, backbone: Any, batch: Batch) -> list[str]:
+def _save_lora(temporary: Path, folder: Path, backbone: Any, batch: Batch, task: str) -> list[str]:
     backbone.save_pretrained(temporary / ADAPTER)
     return [
         f'peft.PeftModel.from_pretrained(model, "{folder / ADAPTER}"), '
@@ -175,12 +207,12 @@ def _save_lora(temporary: Path, folder: Path, backbone: Any, batch: Batch) -> li
     ]
 
 
-def _save_full(temporary: Path, folder: Path, backbone: Any, batch: Batch) -> list[str]:
+def _save_full(temporary: Path, folder: Path, backbone: Any, batch: Batch, task: str) -> list[str]:
     backbone.save_pretrained(temporary / MODEL)
-    return [f'transformers.AutoModel.from_pretrained("{folder / MODEL}")']
+    return [f'transformers.{CLASSES[task]}.from_pretrained("{folder / MODEL}")']
 
 
-def _save_probe(temporary: Path, folder: Path, backbone: Any, batch: Batch) -> list[str]:
+def _save_probe(temporary: Path, folder: Path, backbone: Any, batch: Batch, task: str) -> list[str]:
     return []
 
 

@@ -4,13 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from neat_kernels.finetune.data import Split, Text, TextData
 from neat_kernels.finetune.settings import UsageError
+
+
+class Rows(Protocol):
+    """What a training step and a measurement read: the rows of one split as batches."""
+
+    def __len__(self) -> int:
+        """Number of rows."""
+
+    def length(self, row: int) -> int:
+        """Tokens of a row that are not padding."""
+
+    def batch(self, rows: Sequence[int], device: torch.device) -> Batch:
+        """The chosen rows, padded on the right to the longest of them."""
+
+    def in_order_of_length(self, batch_size: int, device: torch.device) -> Iterator[Batch]:
+        """Yield all rows once, rows of like length together, so that little is spent on padding."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +40,10 @@ class Tokens:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def length(self, row: int) -> int:
+        """Tokens of a text."""
+        return len(self.ids[row])
 
     def batch(self, rows: Sequence[int], device: torch.device) -> Batch:
         """The chosen rows, padded on the right to the longest of them."""
@@ -45,20 +65,28 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Batch:
-    """What the model is given by name, each [batch, length], labels [batch], and how many tokens are not padding."""
+    """What the model is given, and what it should say.
+
+    Args:
+        inputs: tensors [batch, length] by name.
+        labels: [batch]; of a language model [batch, length].
+        tokens: how many are not padding.
+        owners: the text that each row is of, where a text may have several rows.
+    """
 
     inputs: dict[str, Tensor]
     labels: Tensor
     tokens: int
+    owners: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class TaskTokens:
     """The three splits of a task as token ids of at most `max_length`, and the share of the texts that were cut."""
 
-    train: Tokens
-    validation: Tokens
-    test: Tokens
+    train: Rows
+    validation: Rows
+    test: Rows
     max_length: int
     cut: float
 
@@ -112,7 +140,7 @@ def longer_than(max_length: int, split: Split, tokenizer: Any) -> int:
     return sum(len(ids) > max_length for ids in encoded["input_ids"])
 
 
-def plan_steps(rows: int, batch_size: int, steps: int, seed: int) -> list[list[int]]:
+def plan_steps(rows: int, batch_size: int, steps: int, seed: int, unit: str = "texts") -> list[list[int]]:
     """The rows of every training step: shuffled passes over the data, each without its incomplete last batch.
 
     Args:
@@ -120,6 +148,7 @@ def plan_steps(rows: int, batch_size: int, steps: int, seed: int) -> list[list[i
         batch_size: texts in a step, at most `rows`.
         steps: number of steps.
         seed: seed of the shuffles.
+        unit: what a row is called in the message.
 
     Returns:
         For each step its row indices.
@@ -128,7 +157,7 @@ def plan_steps(rows: int, batch_size: int, steps: int, seed: int) -> list[list[i
         UsageError: if one batch needs more texts than there are.
     """
     if batch_size > rows:
-        raise UsageError(f"--batch-size must be at most the number of training texts, {rows}; got {batch_size}")
+        raise UsageError(f"--batch-size must be at most the number of training {unit}, {rows}; got {batch_size}")
     generator = torch.Generator().manual_seed(seed)
     plan: list[list[int]] = []
     while len(plan) < steps:

@@ -6,12 +6,12 @@ import csv
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from neat_kernels.finetune.settings import DATA_SUFFIXES, UsageError
+from neat_kernels.finetune.settings import DATA_SUFFIXES, TEXT_SUFFIX, UsageError
 
 VALIDATION_SHARE = 0.1
 TEST_SHARE = 0.2
@@ -31,9 +31,10 @@ class Columns(NamedTuple):
     pair: str | None = None
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """The names, in the order of the cells of a row."""
-        return (self.text, self.label) if self.pair is None else (self.text, self.label, self.pair)
+    def options(self) -> dict[str, str]:
+        """The names by the options that give them, in the order of the cells of a row."""
+        options = {"--text-column": self.text, "--label-column": self.label}
+        return options if self.pair is None else {**options, "--pair-column": self.pair}
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,13 @@ class TextData:
         """Number of texts in each split."""
         return {"train": len(self.train), "validation": len(self.validation), "test": len(self.test)}
 
+    def hashed(self) -> str:
+        """A hash of all texts and labels, in their order."""
+        found = hashlib.sha256()
+        for split in (self.train, self.validation, self.test):
+            found.update(json.dumps([split.texts, split.labels]).encode())
+        return found.hexdigest()
+
 
 def load_file(path: Path, columns: Columns) -> TextData:
     """Read a labelled file and split it by a hash of each text, so that the same file always splits alike.
@@ -92,22 +100,48 @@ def load_file(path: Path, columns: Columns) -> TextData:
 
 def read_rows(path: Path, columns: Columns) -> list[Row]:
     """The texts of a file with their labels, or UsageError."""
-    if path.suffix.lower() not in DATA_SUFFIXES:
-        raise UsageError(f"--data must end in one of {', '.join(DATA_SUFFIXES)}; got {path.name!r}")
+    return [as_row(path, number, cells) for number, cells in read_cells(path, columns.options)]
+
+
+def read_cells(
+    path: Path, columns: Mapping[str, str], suffixes: Sequence[str] = DATA_SUFFIXES
+) -> list[tuple[int, Cells]]:
+    """The cells of some columns of a file, each row with its number, or UsageError.
+
+    Args:
+        path: a file.
+        columns: their names by the options that give them.
+        suffixes: of the files that can be read.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in suffixes:
+        raise UsageError(f"--data must end in one of {', '.join(suffixes)}; got {path.name!r}")
     if not path.is_file():
         raise UsageError(f"--data {path} does not exist" if not path.exists() else f"--data {path} is not a file")
-    readers: dict[str, Callable[[Path, Sequence[str]], Iterator[tuple[int, Cells]]]]
-    readers = {".csv": read_csv, ".jsonl": read_jsonl, ".parquet": read_parquet}
     try:
-        rows = list(readers[path.suffix.lower()](path, columns.names))
+        rows = list(_READERS[suffix](path, columns))
     except UnicodeDecodeError as error:
         raise UsageError(f"--data {path} must be UTF-8 text: {error}") from error
     if not rows:
         raise UsageError(f"--data {path} holds no rows")
-    return [as_row(path, number, cells) for number, cells in rows]
+    return rows
 
 
-def read_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Cells]]:
+def read_paragraphs(path: Path, columns: Mapping[str, str]) -> Iterator[tuple[int, Cells]]:
+    """Yield the texts of a file, which blank lines part, each with the number of its first line."""
+    lines: list[str] = []
+    with path.open(encoding="utf-8-sig") as stream:
+        for number, line in enumerate(stream, start=1):
+            if line.strip():
+                lines.append(line)
+            elif lines:
+                yield number - len(lines), ("".join(lines).rstrip("\n"),)
+                lines = []
+    if lines:
+        yield number + 1 - len(lines), ("".join(lines).rstrip("\n"),)
+
+
+def read_csv(path: Path, columns: Mapping[str, str]) -> Iterator[tuple[int, Cells]]:
     """Yield line number and cells of a csv file with a header line."""
     with path.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.DictReader(stream, strict=True)
@@ -117,12 +151,12 @@ def read_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Cells]]:
             for cells in reader:
                 if None in cells or None in cells.values():
                     raise UsageError(f"{path}, line {reader.line_num}: expected {len(header)} cells, as in the header")
-                yield reader.line_num, tuple(cells[name] for name in columns)
+                yield reader.line_num, tuple(cells[name] for name in columns.values())
         except csv.Error as error:
             raise UsageError(f"{path}, line {reader.line_num}: not valid csv: {error}") from error
 
 
-def read_jsonl(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Cells]]:
+def read_jsonl(path: Path, columns: Mapping[str, str]) -> Iterator[tuple[int, Cells]]:
     """Yield line number and cells of a file with one JSON object a line."""
     with path.open(encoding="utf-8-sig") as stream:
         for number, line in enumerate(stream, start=1):
@@ -135,10 +169,10 @@ def read_jsonl(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Cells]
             if not isinstance(cells, dict):
                 raise UsageError(f"{path}, line {number}: expected a JSON object, got {type(cells).__name__}")
             require_columns(f"{path}, line {number}", columns, list(cells))
-            yield number, tuple(cells[name] for name in columns)
+            yield number, tuple(cells[name] for name in columns.values())
 
 
-def read_parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Cells]]:
+def read_parquet(path: Path, columns: Mapping[str, str]) -> Iterator[tuple[int, Cells]]:
     """Yield row number and cells of a parquet file."""
     try:
         import pyarrow
@@ -147,15 +181,19 @@ def read_parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Cell
         raise UsageError("reading .parquet needs pyarrow: pip install pyarrow") from error
     try:
         require_columns(path, columns, parquet.read_schema(path).names)
-        table = parquet.read_table(path, columns=list(columns))
+        table = parquet.read_table(path, columns=list(columns.values()))
     except pyarrow.ArrowException as error:
         raise UsageError(f"--data {path} is not a readable parquet file: {error}") from error
-    yield from enumerate(zip(*(table.column(name).to_pylist() for name in columns), strict=True), start=1)
+    yield from enumerate(zip(*(table.column(name).to_pylist() for name in columns.values()), strict=True), start=1)
 
 
-def require_columns(where: object, columns: Sequence[str], present: list[str]) -> None:
-    """Raise UsageError unless each of `columns` is there exactly once."""
-    for option, name in zip(("--text-column", "--label-column", "--pair-column"), columns, strict=False):
+_READERS: dict[str, Callable[[Path, Mapping[str, str]], Iterator[tuple[int, Cells]]]]
+_READERS = {TEXT_SUFFIX: read_paragraphs, ".csv": read_csv, ".jsonl": read_jsonl, ".parquet": read_parquet}
+
+
+def require_columns(where: object, columns: Mapping[str, str], present: list[str]) -> None:
+    """Raise UsageError unless each of `columns`, names by their options, is there exactly once."""
+    for option, name in columns.items():
         if present.count(name) != 1:
             found = "is there twice" if name in present else "is not there"
             columns_there = ", ".join(map(repr, present)) or "none"
@@ -170,11 +208,16 @@ def as_row(where: object, number: int, cells: Cells) -> Row:
 
 
 def as_text(path: object, row: int, value: object) -> str:
-    """The text of one row, or UsageError if it is none or empty."""
+    """The text of one row without the space around it, or UsageError if it is none or empty."""
+    return whole_text(path, row, value).strip()
+
+
+def whole_text(path: object, row: int, value: object) -> str:
+    """The text of one row as it is, or UsageError if it is none or empty."""
     if not isinstance(value, str) or not value.strip():
         got = "an empty text" if isinstance(value, str) else type(value).__name__
         raise UsageError(f"{path}, row {row}: expected a text, got {got}")
-    return value.strip()
+    return value
 
 
 def as_label(path: object, row: int, value: object) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from neat_kernels.finetune.settings import Settings, UsageError
+from neat_kernels.finetune.settings import LM, Settings, UsageError
 
 ALL_LINEAR = "all-linear"
 
@@ -20,7 +20,7 @@ def prepare(method: str, backbone: nn.Module, settings: Settings, targets: Targe
 
     Args:
         method: probe, lora, neat or full.
-        backbone: a transformers model without a head; it is changed.
+        backbone: a transformers model as it was loaded; it is changed.
         settings: the adapters' hyperparameters.
         targets: names of the linear layers to adapt, or ("all-linear",).
 
@@ -33,6 +33,22 @@ def prepare(method: str, backbone: nn.Module, settings: Settings, targets: Targe
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return prepared
+
+
+def try_adapters(backbone: nn.Module, settings: Settings, targets: Targets) -> None:
+    """Raise UsageError if a method of the run cannot put its adapters into the model, which is of no more use then.
+
+    Args:
+        backbone: a transformers model as it was loaded.
+        settings: the run.
+        targets: names of the linear layers to adapt.
+    """
+    import neat_kernels as nk
+
+    if "neat" in settings.methods:
+        nk.remove_neat(prepare_neat(backbone, settings, targets))
+    if "lora" in settings.methods:
+        prepare_lora(backbone, settings, targets)
 
 
 def prepare_probe(backbone: nn.Module, settings: Settings, targets: Targets) -> nn.Module:
@@ -55,6 +71,7 @@ def prepare_lora(backbone: nn.Module, settings: Settings, targets: Targets) -> n
         lora_dropout=0.0,
         bias="none",
         target_modules=as_targets(targets),
+        task_type="CAUSAL_LM" if settings.task == LM else None,
     )
     try:
         return get_peft_model(backbone, config)
@@ -76,7 +93,7 @@ def prepare_neat(backbone: nn.Module, settings: Settings, targets: Targets) -> n
     )
     try:
         return nk.apply_neat(backbone, config)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise UsageError(f"Neat cannot be put into this model: {error}") from error
 
 

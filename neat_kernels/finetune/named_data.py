@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from neat_kernels.finetune.data import (
     TEST_SHARE,
     VALIDATION_SHARE,
+    Cells,
     Columns,
     Row,
     Split,
@@ -30,13 +31,13 @@ TRAIN, VALIDATION, TEST = "train", "validation", "test"
 _HIDDEN = "-1"
 
 
-def is_file(data: Path) -> bool:
-    """Whether --data means a file that is read here."""
-    if data.suffix.lower() in DATA_SUFFIXES:
+def is_file(data: Path, suffixes: Sequence[str] = DATA_SUFFIXES) -> bool:
+    """Whether --data means a file that is read here, by its suffix; UsageError for a file of another kind."""
+    if data.suffix.lower() in suffixes:
         return True
     if data.is_file():
-        suffixes = ", ".join(DATA_SUFFIXES)
-        raise UsageError(f"--data must end in one of {suffixes}, or be the name of a dataset; got {data.name!r}")
+        known = ", ".join(suffixes)
+        raise UsageError(f"--data must end in one of {known}, or be the name of a dataset; got {data.name!r}")
     return False
 
 
@@ -55,10 +56,7 @@ def load_named(data: Path, columns: Columns) -> TextData:
         UsageError: `datasets` is not installed or cannot load it, it has no training split or a column is not there, or
             a label is in validation or test that no training text has.
     """
-    name, _, configuration = data.as_posix().partition(":")
-    found = _load(name, configuration or None)
-    if TRAIN not in found:
-        raise UsageError(f"--data {name}: expected a split called train, got {', '.join(found)}")
+    name, found = load_splits(data)
     parts = {split: rows for split in (TRAIN, VALIDATION, TEST) if split in found
              and (rows := _rows(f"{name}, {split}", found[split], columns))}  # fmt: skip
     if TRAIN not in parts:
@@ -70,6 +68,21 @@ def load_named(data: Path, columns: Columns) -> TextData:
     if len(parts) == 1:
         return split_rows(unique, source=name, validation=VALIDATION_SHARE, test=TEST_SHARE, notes=notes)
     return _with_its_splits(name, unique, parts, notes)
+
+
+def load_splits(data: Path) -> tuple[str, dict[str, Any]]:
+    """The name of a dataset and its splits, one of them for training, or UsageError."""
+    name, _, configuration = data.as_posix().partition(":")
+    found = _load(name, configuration or None)
+    if TRAIN not in found:
+        raise UsageError(f"--data {name}: expected a split called train, got {', '.join(found)}")
+    return name, found
+
+
+def cells_of(where: str, split: Any, columns: Mapping[str, str]) -> list[tuple[int, Cells]]:
+    """The cells of some columns of a split, each row with its number, or UsageError."""
+    require_columns(where, columns, split.column_names)
+    return list(enumerate(zip(*(split[name] for name in columns.values()), strict=True), start=1))
 
 
 def _load(name: str, configuration: str | None) -> dict[str, Any]:
@@ -87,16 +100,12 @@ def _load(name: str, configuration: str | None) -> dict[str, Any]:
 
 def _rows(where: str, split: Any, columns: Columns) -> list[Row]:
     """The rows of a split, their labels by name; none where labels are hidden."""
-    require_columns(where, columns.names, split.column_names)
+    cells_of_rows = cells_of(where, split, columns.options)
     names = getattr(split.features[columns.label], "names", None)
-    rows = [as_row(where, number, cells) for number, cells in enumerate(_cells(split, columns), start=1)]
+    rows = [as_row(where, number, cells) for number, cells in cells_of_rows]
     if rows and all(label == _HIDDEN for _, label in rows):
         return []
     return rows if names is None else [(text, _label_name(where, names, label)) for text, label in rows]
-
-
-def _cells(split: Any, columns: Columns) -> Sequence[tuple[object, ...]]:
-    return list(zip(*(split[name] for name in columns.names), strict=True))
 
 
 def _label_name(where: str, names: Sequence[str], label: str) -> str:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from neat_kernels.finetune.files import write_atomically
-from neat_kernels.finetune.report import comparisons, rates_tried, results_table
+from neat_kernels.finetune.report import comparisons, perplexities, rates_tried, results_table
 from neat_kernels.finetune.train import MethodResult
 
 REPORT = "report.html"
@@ -30,7 +30,7 @@ img {{ width: 100%; }}
 </style>
 <h1>{title}</h1>
 {results}
-<img alt="Training loss, validation accuracy and test accuracy of each method" src="data:image/png;base64,{picture}">
+<img alt="Training loss, validation {measure} and test {measure} of each method" src="data:image/png;base64,{picture}">
 <h2>What was trained, and how to load it</h2>
 {left}
 <h2>What was run</h2>
@@ -62,7 +62,8 @@ def write_page(
         told.add_row(name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
     page = _PAGE.format(
         title=html.escape(title),
-        results=_as_html(results_table(results), *rates_tried(results), *comparisons(results)),
+        measure=results[0].measure,
+        results=_as_html(results_table(results), *perplexities(results), *rates_tried(results), *comparisons(results)),
         picture=base64.b64encode(picture).decode(),
         left=_as_html(*left),
         facts=_as_html(told),

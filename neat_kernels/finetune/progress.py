@@ -15,15 +15,19 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from neat_kernels.finetune.measure import Measure
+
 
 class TerminalProgress:
     """A bar for each method with loss, tokens per second and time left, and a line for each evaluation.
 
     Args:
         console: where to draw. The evaluations are printed as lines, so that a log file shows them too.
+        measure: what they measure.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, measure: Measure) -> None:
+        self._measure = measure
         self._bars = Progress(
             TextColumn("[bold]{task.description:<6}"),
             BarColumn(bar_width=24),
@@ -56,9 +60,11 @@ class TerminalProgress:
         assert self._task is not None, "start() comes first"
         self._bars.update(self._task, completed=step, loss=f"{loss:.3f}", speed=f"{tokens_per_second:,.0f}")
 
-    def evaluated(self, step: int, loss: float, accuracy: float) -> None:
-        """Print a line with the validation accuracy."""
+    def evaluated(self, step: int, loss: float, value: float) -> None:
+        """Print a line with what the validation split was measured by."""
+        told = f"validation {self._measure.name} {self._measure.told(value):>6}"
         self._bars.console.print(
-            f"{self._method:<6} step {step:>5}  training loss {loss:6.3f}  validation accuracy {accuracy:6.1%}",
+            f"{self._method:<6} step {step:>5}  training loss {loss:6.3f}  {told}",
             highlight=False,
+            soft_wrap=True,
         )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -16,14 +14,13 @@ from rich.console import Console
 from rich.table import Table
 
 from neat_kernels.environment import device_name, versions
-from neat_kernels.finetune.artifacts import Task, how_to_load, save_trained
-from neat_kernels.finetune.batches import TaskTokens, plan_steps, tokenize
-from neat_kernels.finetune.corpus import load_docstrings
-from neat_kernels.finetune.data import Columns, TextData, load_file
+from neat_kernels.finetune.artifacts import Task, how_to_load, save_language_model, save_trained
+from neat_kernels.finetune.batches import plan_steps
+from neat_kernels.finetune.data import TextData
 from neat_kernels.finetune.interrupt import Interrupted, first_interrupt_waits
+from neat_kernels.finetune.measure import ACCURACY, LOSS
 from neat_kernels.finetune.methods import ALL_LINEAR
-from neat_kernels.finetune.model import Pretrained, TextClassifier, require_targets
-from neat_kernels.finetune.named_data import is_file, load_named
+from neat_kernels.finetune.model import Pretrained, TaskModel, TextClassifier, require_targets
 from neat_kernels.finetune.page import REPORT, write_page
 from neat_kernels.finetune.progress import TerminalProgress
 from neat_kernels.finetune.report import (
@@ -31,16 +28,17 @@ from neat_kernels.finetune.report import (
     RESULTS,
     comparisons,
     draw_curves,
+    perplexities,
     rates_tried,
     results_json,
     results_table,
 )
-from neat_kernels.finetune.settings import METHODS, Settings, UsageError
+from neat_kernels.finetune.settings import LM, METHODS, Settings, UsageError
+from neat_kernels.finetune.tasks import Reading, default_length, read
 from neat_kernels.finetune.train import MethodResult, TrainingError, train_method
 from neat_kernels.finetune.trials import TRIALS, TrialFiles, run_trials
 
 ADAPTER_METHODS = frozenset({"lora", "neat"})
-DOCSTRING_TOKENS, FILE_TOKENS = 32, 128
 
 
 @dataclass(frozen=True)
@@ -50,8 +48,7 @@ class Prepared:
     device: torch.device
     pretrained: Pretrained
     targets: tuple[str, ...]
-    data: TextData
-    tokens: TaskTokens
+    reading: Reading
 
 
 def run(settings: Settings, console: Console) -> Path:
@@ -75,7 +72,7 @@ def run(settings: Settings, console: Console) -> Path:
     results = train_all(settings, prepared, files, console)
     left = [line for method in settings.methods for line in how_to_load(settings.output / method)]
     console.print(results_table(results))
-    for line in (*rates_tried(results), *comparisons(results)):
+    for line in (*perplexities(results), *rates_tried(results), *comparisons(results)):
         console.print(line, highlight=False)
     write_results(settings, prepared, results, left)
     console.print("What was trained, and how to load it:", *left, sep="\n  ", soft_wrap=True, markup=False)
@@ -87,7 +84,8 @@ def run(settings: Settings, console: Console) -> Path:
 def train_all(settings: Settings, prepared: Prepared, files: TrialFiles, console: Console) -> list[MethodResult]:
     """Every method's result."""
     results: list[MethodResult] = []
-    with TerminalProgress(console) as progress, first_interrupt_waits() as stopped:
+    measure = LOSS if settings.task == LM else ACCURACY
+    with TerminalProgress(console, measure) as progress, first_interrupt_waits() as stopped:
 
         def train(method: str, trial: Settings, state: Path, worth: Any) -> MethodResult:
             files.begin()
@@ -96,8 +94,8 @@ def train_all(settings: Settings, prepared: Prepared, files: TrialFiles, console
                 trial,
                 prepared.pretrained,
                 prepared.targets,
-                prepared.tokens,
-                len(prepared.data.label_names),
+                prepared.reading.tokens,
+                prepared.reading.num_labels,
                 prepared.device,
                 progress,
                 worth,
@@ -121,10 +119,8 @@ def run_facts(settings: Settings, prepared: Prepared) -> dict[str, Any]:
     """What must be the same for a run to be gone on with."""
     silent = ("output", "overwrite", "resume", "device")
     asked = {name: value for name, value in settings.as_dict().items() if name not in silent}
-    texts = hashlib.sha256()
-    for split in (prepared.data.train, prepared.data.validation, prepared.data.test):
-        texts.update(json.dumps([split.texts, split.labels]).encode())
-    return {**asked, "device": prepared.device.type, "texts": texts.hexdigest()}
+    reading = prepared.reading
+    return {**asked, "device": prepared.device.type, "texts": reading.data.hashed(), **reading.decided}
 
 
 def begin_or_go_on(settings: Settings, files: TrialFiles) -> None:
@@ -135,35 +131,35 @@ def begin_or_go_on(settings: Settings, files: TrialFiles) -> None:
         files.clear()
 
 
-def leave(method: str, settings: Settings, prepared: Prepared, model: TextClassifier) -> None:
+def leave(method: str, settings: Settings, prepared: Prepared, model: TaskModel) -> None:
     """Write what a method has trained."""
-    # A folder by its whole path, since the classifier may be loaded from another one.
+    # A folder by its whole path, since the model may be loaded from another one.
     local = settings.model is not None and prepared.pretrained.local
     name = os.path.abspath(prepared.pretrained.location) if local else settings.model
-    pairs = settings.pair_column is not None
-    task = Task(name, prepared.data.label_names, prepared.tokens.max_length, pairs)
-    rows = range(min(len(prepared.tokens.validation), settings.batch_size))
-    batch = prepared.tokens.validation.batch(rows, prepared.device)
+    tokens, data = prepared.reading.tokens, prepared.reading.data
+    batch = tokens.validation.batch(range(min(len(tokens.validation), settings.batch_size)), prepared.device)
     # The folder was free when the run began, or may be replaced; now it may hold a learning rate that was less good.
-    save_trained(settings.output / method, method, model, task, batch, overwrite=True)
+    folder = settings.output / method
+    if isinstance(model, TextClassifier):
+        assert isinstance(data, TextData)
+        task = Task(name, data.label_names, tokens.max_length, settings.pair_column is not None)
+        save_trained(folder, method, model, task, batch, overwrite=True)
+    else:
+        assert name is not None, "refused by the settings"
+        save_language_model(folder, method, model, name, prepared.pretrained.tokenizer, batch, overwrite=True)
 
 
 def prepare_run(settings: Settings, console: Console) -> Prepared:
     """Look up and check device, output folder, model, targets and data, cheapest first."""
     device = choose_device(settings.device)
     check_output(settings.output, settings.overwrite or settings.resume)
-    pretrained = Pretrained.find(settings.model)
+    pretrained = Pretrained.find(settings.model, settings.task)
     max_length = choose_max_length(settings, pretrained)
     targets = choose_targets(settings, pretrained)
     with console.status("Reading the data") as status:
-        if settings.data is None:
-            data = load_docstrings(lambda library: status.update(f"Reading the docstrings of {library}"))
-        else:
-            columns = Columns(settings.text_column, settings.label_column, settings.pair_column)
-            data = load_file(settings.data, columns) if is_file(settings.data) else load_named(settings.data, columns)
-        tokens = tokenize(data, pretrained.tokenizer, max_length)
-    plan_steps(len(data.train), settings.batch_size, 1, settings.seed)
-    return Prepared(device, pretrained, targets, data, tokens)
+        reading = read(settings, pretrained, targets, max_length, device, status.update)
+    plan_steps(len(reading.tokens.train), settings.batch_size, 1, settings.seed, reading.row)
+    return Prepared(device, pretrained, targets, reading)
 
 
 def choose_device(name: str) -> torch.device:
@@ -200,7 +196,7 @@ def choose_max_length(settings: Settings, pretrained: Pretrained) -> int:
     """How many tokens of each text are read."""
     longest = pretrained.max_length()
     if settings.max_length is None:
-        return min(longest, DOCSTRING_TOKENS if settings.data is None else FILE_TOKENS)
+        return min(longest, default_length(settings))
     if settings.max_length > longest:
         raise UsageError(f"--max-length must be at most {longest} for this model, got {settings.max_length}")
     return settings.max_length
@@ -212,20 +208,21 @@ def choose_targets(settings: Settings, pretrained: Pretrained) -> tuple[str, ...
         return ()
     targets = settings.target_modules or pretrained.default_targets()
     if targets != (ALL_LINEAR,):
-        require_targets(pretrained.module_names, targets)
+        require_targets(pretrained.module_names, targets, pretrained.output_layer)
     return targets
 
 
 def print_plan(settings: Settings, prepared: Prepared, console: Console) -> None:
     """Tell what is about to be trained on what."""
-    data, sizes = prepared.data, prepared.data.sizes()
+    data, reading = prepared.reading.data, prepared.reading
+    sizes, labels = data.sizes(), f"; {reading.num_labels} labels" if reading.num_labels else ""
     splits = ", ".join(f"{size:,} {split}" for split, size in sizes.items())
     table = Table.grid(padding=(0, 2))
     table.add_row("model", f"{prepared.pretrained.name} on {device_name(prepared.device)}, {settings.dtype}")
     table.add_row("data", data.source)
-    table.add_row("", f"{splits}; {len(data.label_names)} labels")
-    cut = f"; {prepared.tokens.cut:.0%} of the texts are longer" if prepared.tokens.cut else ""
-    table.add_row("", f"the first {prepared.tokens.max_length} tokens of each text are read{cut}")
+    table.add_row("", f"{splits}{labels}")
+    for line in reading.told:
+        table.add_row("", line)
     if prepared.targets:
         table.add_row("adapters", f"{', '.join(prepared.targets)}; r={settings.r}")
     for note in data.notes:
@@ -236,7 +233,7 @@ def print_plan(settings: Settings, prepared: Prepared, console: Console) -> None
 def write_results(settings: Settings, prepared: Prepared, results: list[MethodResult], left: list[str]) -> None:
     """Write curves and report, then the numbers: where results.json is, the run is whole."""
     settings.output.mkdir(parents=True, exist_ok=True)
-    title = picture_title(settings, prepared)
+    title, data = picture_title(settings, prepared), prepared.reading.data
     draw_curves(settings.output / CURVES, results, title)
     facts: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -245,14 +242,7 @@ def write_results(settings: Settings, prepared: Prepared, results: list[MethodRe
         "threads": torch.get_num_threads(),
         "model": prepared.pretrained.name,
         "target_modules": prepared.targets,
-        "data": {
-            "source": prepared.data.source,
-            "labels": prepared.data.label_names,
-            "sizes": prepared.data.sizes(),
-            "notes": prepared.data.notes,
-            "max_length": prepared.tokens.max_length,
-            "cut": prepared.tokens.cut,
-        },
+        "data": {"source": data.source, "sizes": data.sizes(), "notes": data.notes, **prepared.reading.facts},
         "settings": settings.as_dict(),
     }
     write_page(settings.output / REPORT, title, (settings.output / CURVES).read_bytes(), facts, results, left)
@@ -263,5 +253,6 @@ def picture_title(settings: Settings, prepared: Prepared) -> str:
     """What was trained on what, in one line."""
     data = "docstrings" if settings.data is None else settings.data.name
     rank = f", r={settings.r}" if prepared.targets else ""
-    texts, labels = len(prepared.data.train), len(prepared.data.label_names)
-    return f"{prepared.pretrained.name} on {data}: {texts:,} training texts, {labels} labels{rank}"
+    texts, num_labels = len(prepared.reading.data.train), prepared.reading.num_labels
+    labels = f", {num_labels} labels" if num_labels else ""
+    return f"{prepared.pretrained.name} on {data}: {texts:,} training texts{labels}{rank}"

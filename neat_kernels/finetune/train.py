@@ -16,12 +16,13 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from neat_kernels.finetune.batches import Batch, TaskTokens, Tokens, plan_steps
+from neat_kernels.finetune.batches import Batch, Rows, TaskTokens, plan_steps
 from neat_kernels.finetune.checkpoint import read_state, restore_state, training_state, write_state
 from neat_kernels.finetune.interrupt import Interrupted
+from neat_kernels.finetune.measure import ACCURACY, MEASURES, Measure, mean
 from neat_kernels.finetune.memory import peak_of_step
 from neat_kernels.finetune.methods import count, prepare, trainable_parameters
-from neat_kernels.finetune.model import Pretrained, TextClassifier
+from neat_kernels.finetune.model import LanguageModel, Pretrained, TaskModel, TextClassifier
 from neat_kernels.finetune.settings import Settings
 
 WEIGHT_DECAY = 0.01
@@ -29,7 +30,6 @@ WARMUP_SHARE = 0.06
 MAX_GRADIENT_NORM = 1.0
 EVALUATIONS = 5
 UNTIMED_STEPS = 3
-EVALUATION_BATCH = 64
 
 
 class TrainingError(RuntimeError):
@@ -45,7 +45,7 @@ class Progress(Protocol):
     def step(self, step: int, loss: float, tokens_per_second: float) -> None:
         """A training step is done."""
 
-    def evaluated(self, step: int, loss: float, accuracy: float) -> None:
+    def evaluated(self, step: int, loss: float, value: float) -> None:
         """The validation split has been measured."""
 
 
@@ -56,55 +56,65 @@ class MethodResult:
     Args:
         method: its name.
         lr: peak learning rate of what trains in the model; the probe's is the head's.
-        head_lr: peak learning rate of the head.
+        head_lr: peak learning rate of the head; None where there is none.
         trainable: parameters that train, head included.
         head: parameters of the head alone.
         losses: training loss of every step.
-        validation: (step, accuracy) pairs.
-        test_right: for each test text whether the final model gets it right, in the same order in every method; the
-            share of the seeds where there are several.
+        validation: (step, value of the measure) pairs.
+        test_values: for each test text the value of the measure for the final model, in the same order in every method;
+            the mean of the seeds where there are several. For accuracy whether it gets the text right.
         step_ms: median time of a training step.
         tokens_per_second: tokens that are not padding, over all timed steps.
         peak_bytes: peak of the bytes held in tensors in the step with the most tokens; None where it is not known.
         seeds: the seeds that it was trained with.
-        accuracies: accuracy on the test split of each seed.
-        grid: (learning rate, validation accuracy) of each rate that was tried; None for a loss that was not finite.
+        test_scores: value of the measure on the test split of each seed.
+        grid: (learning rate, value in validation) of each rate that was tried; None for a loss that was not finite.
         diverged: whether the loss was no longer finite.
+        measure: name of the measure.
+        test_weights: weight of each test text in the mean; empty where all count alike.
     """
 
     method: str
     lr: float
-    head_lr: float
+    head_lr: float | None
     trainable: int
     head: int
     losses: list[float] = field(default_factory=list)
     validation: list[tuple[int, float]] = field(default_factory=list)
-    test_right: list[float] = field(default_factory=list)
+    test_values: list[float] = field(default_factory=list)
     step_ms: float = math.nan
     tokens_per_second: float = math.nan
     peak_bytes: int | None = None
     seeds: list[int] = field(default_factory=list)
-    accuracies: list[float] = field(default_factory=list)
+    test_scores: list[float] = field(default_factory=list)
     grid: list[tuple[float, float | None]] = field(default_factory=list)
     diverged: bool = False
+    measure: str = ACCURACY.name
+    test_weights: list[float] = field(default_factory=list)
 
     @property
-    def test_accuracy(self) -> float:
-        """Share of the test split that the final model gets right."""
-        return statistics.fmean(self.test_right)
+    def measured_by(self) -> Measure:
+        """The measure."""
+        return MEASURES[self.measure]
 
     @property
-    def final_validation(self) -> float:
-        """Accuracy on the validation split at the end; -1 if the training did not get there."""
-        return -1.0 if self.diverged else self.validation[-1][1]
+    def test_score(self) -> float:
+        """Value of the measure on the test split for the final model."""
+        return mean(self.test_values, self.test_weights)
+
+    @property
+    def merit(self) -> float:
+        """A number that is larger for a better end in validation; the least if the training did not get there."""
+        return -math.inf if self.diverged else self.measured_by.merit(self.validation[-1][1])
 
 
 class Trainer:
     """The state of one method's training: model, optimizer, schedule and the precision it computes in."""
 
-    def __init__(self, model: TextClassifier, method: str, settings: Settings, device: torch.device) -> None:
+    def __init__(self, model: TaskModel, method: str, settings: Settings, device: torch.device) -> None:
         self.model = model
         self.device = device
+        self.evaluation_batch = model.evaluation_batch or settings.batch_size
         self.frozen_backbone = method == "probe"
         self.dtype = getattr(torch, settings.dtype)
         self.optimizer = torch.optim.AdamW(parameter_groups(model, method, settings), weight_decay=WEIGHT_DECAY)
@@ -128,8 +138,7 @@ class Trainer:
     def step(self, batch: Batch) -> None:
         """Forward, backward and optimizer on one batch; no gradients are left behind."""
         with self.autocast():
-            logits = self.model(**batch.inputs)
-        loss = nn.functional.cross_entropy(logits.float(), batch.labels)
+            loss = self.model.loss(batch)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(trainable_parameters(self.model), MAX_GRADIENT_NORM)
@@ -159,14 +168,20 @@ class Trainer:
         return facts
 
     @torch.no_grad()
-    def right(self, tokens: Tokens) -> list[bool]:
-        """For each text, shortest first, whether its label has the largest logit."""
+    def scores(self, tokens: Rows) -> tuple[list[float], list[float]]:
+        """For each text, shortest first, the value of the measure, and its weight in the mean; none if all are 1."""
         self.model.eval()
-        right: list[bool] = []
+        # Sum of the values and of the weights of each text, whose rows may be several.
+        sums: dict[int, tuple[float, float]] = {}
         with self.autocast():
-            for batch in tokens.in_order_of_length(EVALUATION_BATCH, self.device):
-                right += (self.model(**batch.inputs).argmax(-1) == batch.labels).tolist()
-        return right
+            for batch in tokens.in_order_of_length(self.evaluation_batch, self.device):
+                scores = self.model.scores(batch)
+                owners = batch.owners or range(len(sums), len(sums) + len(scores))
+                for owner, (value, weight) in zip(owners, scores, strict=True):
+                    before = sums.get(owner, (0.0, 0.0))
+                    sums[owner] = before[0] + value, before[1] + weight
+        weights = [weight for _, weight in sums.values()]
+        return [value / weight for value, weight in sums.values()], [] if set(weights) == {1.0} else weights
 
 
 def train_method(
@@ -175,10 +190,10 @@ def train_method(
     pretrained: Pretrained,
     targets: Sequence[str],
     tokens: TaskTokens,
-    num_labels: int,
+    num_labels: int | None,
     device: torch.device,
     progress: Progress,
-    worth: Callable[[MethodResult, TextClassifier], bool] = lambda result, model: True,
+    worth: Callable[[MethodResult, TaskModel], bool] = lambda result, model: True,
     state: Path | None = None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> MethodResult:
@@ -190,7 +205,7 @@ def train_method(
         pretrained: the model to load.
         targets: names of the linear layers that adapters go into.
         tokens: the task.
-        num_labels: number of classes.
+        num_labels: number of classes; None for a language model.
         device: where to train.
         progress: told about each step and evaluation.
         worth: given what was reached and the trained model before it is dropped; whether to read the test texts.
@@ -206,7 +221,11 @@ def train_method(
     """
     torch.manual_seed(settings.seed)
     backbone = prepare(method, pretrained.load(getattr(torch, settings.dtype)), settings, targets)
-    model = TextClassifier(backbone, pretrained.config.hidden_size, num_labels, settings.seed).to(device)
+    model: TaskModel
+    if num_labels is None:
+        model = LanguageModel(backbone).to(device)
+    else:
+        model = TextClassifier(backbone, pretrained.config.hidden_size, num_labels, settings.seed).to(device)
     torch.manual_seed(settings.seed)
     trainer = Trainer(model, method, settings, device)
     result = MethodResult(
@@ -214,13 +233,14 @@ def train_method(
         lr=settings.learning_rate(method),
         head_lr=settings.head_learning_rate(method),
         trainable=count(trainable_parameters(model)),
-        head=count(list(model.head.parameters())),
+        head=count(head_parameters(model)),
         seeds=[settings.seed],
+        measure=model.measure.name,
     )
     progress.start(method, settings.steps)
     run_steps(trainer, settings, tokens, result, progress, state, stopped)
     if worth(result, model):
-        result.test_right = [float(right) for right in trainer.right(tokens.test)]
+        result.test_values, result.test_weights = trainer.scores(tokens.test)
     del trainer, model, backbone
     release_memory(device)
     return result
@@ -255,9 +275,10 @@ def run_steps(
         progress.step(index + 1, trainer.last_loss, sum(token_counts) / max(sum(seconds), 1e-9))
         due = False
         if (index + 1) % every == 0 or index + 1 == settings.steps:
-            accuracy = statistics.fmean(trainer.right(tokens.validation))
-            result.validation.append((index + 1, accuracy))
-            progress.evaluated(index + 1, statistics.fmean(result.losses[-every:]), accuracy)
+            value = mean(*trainer.scores(tokens.validation))
+            require_finite(result, index + 1, value)
+            result.validation.append((index + 1, value))
+            progress.evaluated(index + 1, statistics.fmean(result.losses[-every:]), value)
             trainer.train_mode()
             due = True
         if state is not None and (due or stopped()):
@@ -286,11 +307,16 @@ def _go_on(
     return int(facts["step"])
 
 
-def parameter_groups(model: TextClassifier, method: str, settings: Settings) -> list[dict[str, Any]]:
-    """The head and what the method trains in the backbone, each with its own learning rate."""
-    head = {"params": list(model.head.parameters()), "lr": settings.head_learning_rate(method)}
-    backbone = trainable_parameters(model.backbone)
-    return [head, {"params": backbone, "lr": settings.learning_rate(method)}] if backbone else [head]
+def parameter_groups(model: TaskModel, method: str, settings: Settings) -> list[dict[str, Any]]:
+    """The head, if there is one, and what the method trains in the backbone, each with its own learning rate."""
+    rates = settings.head_learning_rate(method), settings.learning_rate(method)
+    parameters = head_parameters(model), trainable_parameters(model.backbone)
+    return [{"params": list(group), "lr": rate} for group, rate in zip(parameters, rates, strict=True) if group]
+
+
+def head_parameters(model: TaskModel) -> list[nn.Parameter]:
+    """The parameters of the head, none if there is none."""
+    return [] if model.head is None else list(model.head.parameters())
 
 
 def timed(trainer: Trainer, batch: Batch) -> float:
@@ -300,9 +326,9 @@ def timed(trainer: Trainer, batch: Batch) -> float:
     return time.perf_counter() - start
 
 
-def largest_step(plan: Sequence[Sequence[int]], tokens: Tokens) -> int:
+def largest_step(plan: Sequence[Sequence[int]], tokens: Rows) -> int:
     """The step with the largest padded batch, not the first one, in which the optimizer has no state yet."""
-    sizes = [len(rows) * max(len(tokens.ids[row]) for row in rows) for rows in plan]
+    sizes = [len(rows) * max(tokens.length(row) for row in rows) for rows in plan]
     later = range(1, len(plan)) if len(plan) > 1 else range(1)
     return max(later, key=sizes.__getitem__)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from neat_kernels.finetune.files import write_atomically
-from neat_kernels.finetune.model import TextClassifier
+from neat_kernels.finetune.model import TaskModel
 from neat_kernels.finetune.settings import Settings, UsageError
 from neat_kernels.finetune.train import MethodResult, TrainingError
 
@@ -21,7 +21,7 @@ TRIALS = "trials"
 
 # Trains by one method as the settings of one trial say, with a file for its state; the callable gets the trained model
 # and what was reached so far, and says whether the test texts are worth reading.
-Train = Callable[[str, Settings, Path, Callable[[MethodResult, TextClassifier], bool]], MethodResult]
+Train = Callable[[str, Settings, Path, Callable[[MethodResult, TaskModel], bool]], MethodResult]
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,9 @@ def run_trials(
     settings: Settings,
     files: TrialFiles,
     train: Train,
-    keep: Callable[[TextClassifier], None],
+    keep: Callable[[TaskModel], None],
 ) -> MethodResult:
-    """Choose the learning rate by validation accuracy where there is a grid, then train every seed with it.
+    """Choose the learning rate by what validation measures where there is a grid, then train every seed with it.
 
     Args:
         method: probe, lora, neat or full.
@@ -117,7 +117,7 @@ def run_trials(
     for rate in settings.lrs or (settings.learning_rate(method),):
         trial = replace(first, lr=rate)
         tried.append(_one(method, trial, files, train, _keep_if_best(tried, keep), len(settings.lrs) > 1))
-    best = max(tried, key=lambda result: (result.final_validation, -result.lr))
+    best = max(tried, key=_rank)
     if best.diverged:
         raise TrainingError(f"{method}: the loss is not finite at any learning rate of {settings.lrs}")
     chosen = replace(settings, lr=best.lr)
@@ -133,7 +133,7 @@ def _one(
     trial: Settings,
     files: TrialFiles,
     train: Train,
-    worth: Callable[[MethodResult, TextClassifier], bool],
+    worth: Callable[[MethodResult, TaskModel], bool],
     may_diverge: bool,
 ) -> MethodResult:
     done = files.result(method, trial)
@@ -151,11 +151,10 @@ def _one(
 
 
 def _keep_if_best(
-    tried: Sequence[MethodResult], keep: Callable[[TextClassifier], None]
-) -> Callable[[MethodResult, TextClassifier], bool]:
-    def worth(result: MethodResult, model: TextClassifier) -> bool:
-        before = max((r.final_validation for r in tried), default=-1.0)
-        better = result.final_validation > before
+    tried: Sequence[MethodResult], keep: Callable[[TaskModel], None]
+) -> Callable[[MethodResult, TaskModel], bool]:
+    def worth(result: MethodResult, model: TaskModel) -> bool:
+        better = not tried or _rank(result) > max(map(_rank, tried))
         if better:
             keep(model)
         return better
@@ -163,23 +162,28 @@ def _keep_if_best(
     return worth
 
 
+def _rank(result: MethodResult) -> tuple[float, float]:
+    """Orders the rates: the better end in validation, of two alike the smaller rate."""
+    return result.merit, -result.lr
+
+
 def combined(runs: Sequence[MethodResult], tried: Sequence[MethodResult]) -> MethodResult:
-    """The results of several seeds as one: curves and accuracies are means, times are medians.
+    """The results of several seeds as one: curves and values are means, times are medians.
 
     Args:
         runs: one for each seed, at the same rate.
         tried: one for each rate of the grid.
     """
     first = runs[0]
-    together = zip(*(run.test_right for run in runs), strict=True)
+    together = zip(*(run.test_values for run in runs), strict=True)
     curves = zip(*(run.validation for run in runs), strict=True)
     return dataclasses.replace(
         first,
         seeds=[seed for run in runs for seed in run.seeds],
-        accuracies=[run.test_accuracy for run in runs],
-        grid=[(run.lr, None if run.diverged else run.final_validation) for run in tried],
-        test_right=[statistics.fmean(right) for right in together],
-        validation=[(points[0][0], statistics.fmean(accuracy for _, accuracy in points)) for points in curves],
+        test_scores=[run.test_score for run in runs],
+        grid=[(run.lr, None if run.diverged else run.validation[-1][1]) for run in tried],
+        test_values=[statistics.fmean(values) for values in together],
+        validation=[(points[0][0], statistics.fmean(value for _, value in points)) for points in curves],
         step_ms=statistics.median(run.step_ms for run in runs),
         tokens_per_second=statistics.median(run.tokens_per_second for run in runs),
     )

@@ -1,7 +1,7 @@
 """Run PEFT's own PEANuT tests on our layers: python tests/peft_suite CHECKOUT
 
-CHECKOUT is a source tree of the installed PEFT release, with its tests. They run three times: on PEFT as it is, with
-accelerate() in place, and with NEAT in PEANuT's place. Whatever passes on PEFT as it is must pass on ours.
+CHECKOUT is a source tree of PEFT with its tests, and both are taken from it. The tests run three times: on PEFT as it
+is, with accelerate() in place, and with NEAT in PEANuT's place. Whatever passes on PEFT as it is must pass on ours.
 """
 
 import argparse
@@ -11,34 +11,33 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from importlib.metadata import version
 from pathlib import Path
 
 FILES = ("tests/test_custom_models.py", "tests/test_initialization.py", "tests/test_config.py")
-MODES = ("stock", "accelerate", "config")
 # The first release in which NEAT's files can be what they are.
 NEAT_NEEDS = (0, 21)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkout", type=Path, help="source tree of the installed PEFT release")
+    parser.add_argument("checkout", type=Path, help="source tree of a PEFT release")
     parser.add_argument("-k", default="Peanut", help="which tests, as pytest's -k (default: Peanut)")
     arguments = parser.parse_args()
     missing = [name for name in FILES if not (arguments.checkout / name).is_file()]
     if missing:
         parser.error(f"expected PEFT's source tree with its tests, found no {missing[0]} in {arguments.checkout}")
-    release = version("peft")
-    modes = MODES if tuple(map(int, release.split(".")[:2])) >= NEAT_NEEDS else MODES[:2]
-    results = {mode: run(arguments.checkout, mode, arguments.k) for mode in modes}
+    results = {"stock": run(arguments.checkout, "stock", arguments.k)}
+    release = results["stock"]["peft"]
+    for mode in ("accelerate", "config") if tuple(map(int, release.split(".")[:2])) >= NEAT_NEEDS else ("accelerate",):
+        results[mode] = run(arguments.checkout, mode, arguments.k)
     return compare(results)
 
 
 def run(checkout: Path, mode: str, chosen: str) -> dict:
     """The outcomes of the tests in one mode, in a process of their own."""
     here = Path(__file__).resolve().parent
-    # Behind the tests' own directory comes ours; PEFT itself is the installed one.
-    path = os.pathsep.join([str(here), str(here.parents[1]), os.environ.get("PYTHONPATH", "")])
+    checkout = checkout.resolve()
+    path = os.pathsep.join(map(str, (checkout / "src", here, here.parents[1])))
     with tempfile.TemporaryDirectory() as folder:
         outcomes = Path(folder) / "outcomes.json"
         command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "--tb=no", "-W", "ignore"]

@@ -89,7 +89,7 @@ def accelerate(
     reasons = {name: _reason(layer) for name, layer in layers.items()}
     fit = {name: layer for name, layer in layers.items() if reasons[name] is None}
     unchanged = {name: reason for name, reason in reasons.items() if reason is not None}
-    if not fit:
+    if not fit and not any(isinstance(layer, FusedLayer) for layer in layers.values()):
         found = str(Report((), unchanged)) if layers else f"no layer of PEFT in {type(model).__name__}"
         raise ValueError(f"expected PEANuT or LoRA layers of PEFT that can be fused, got {found}")
     for layer in fit.values():
@@ -103,6 +103,8 @@ def _reason(layer: Any) -> str | None:
     """Why a layer cannot be fused, or None; asked of the class that it would get."""
     kind = type(layer)
     fused = kind if kind in _STOCK else _FUSED.get(kind)
+    if fused is None and isinstance(layer, FusedLayer):
+        return "it is fused already, with the options of its own configuration"
     if fused is None:
         name = f"{kind.__module__.removeprefix('peft.tuners.')}.{kind.__qualname__}"
         return f"{name} is neither PEFT's PEANuT nor its LoRA layer of a linear layer"

@@ -132,15 +132,15 @@ def _bitsandbytes_4bit(base: Any, bnb: Any) -> Packed | None:
 
     def rows(part: slice) -> Tensor:
         first, last = part.start * K, part.stop * K
-        out = torch.empty((part.stop - part.start, K), dtype=torch.float32, device=codes.device)
-        part_of_codes = codes[first // 2 : -(-last // 2)].unsqueeze(1)
-        return bnb.functional.dequantize_4bit(
-            part_of_codes,
+        of_part = bnb.functional.QuantState(
             absmax=absmax[first // size : -(-last // size)],
-            out=out,
+            shape=torch.Size((part.stop - part.start, K)),
+            dtype=torch.float32,
             blocksize=size,
             quant_type=state.quant_type,
+            code=state.code,
         )
+        return bnb.functional.dequantize_4bit(codes[first // 2 : -(-last // 2)].unsqueeze(1), of_part)
 
     return Packed(f"bitsandbytes {state.quant_type}", (N, K), codes.device, rows, step, packed_for_cpu)
 

@@ -160,13 +160,22 @@ def run_network(way: Route, x: Tensor, network: Network, settings: Settings, tra
 
 
 def run_branches(
-    layer: Any, way: Route, x: Tensor, branches: Sequence[Branch], settings: Settings, training: bool
+    way: Route, x: Tensor, base: Tensor | None, branches: Sequence[Branch], settings: Settings, training: bool
 ) -> Tensor:
-    """y of any number of branches, at least one."""
+    """y of any number of branches, at least one.
+
+    Args:
+        way: how the layer reaches its base.
+        x: tokens.
+        base: what the base layer has made of x; None where x·Wᵀ is part of the operator.
+        branches: what is added.
+        settings: how it is computed.
+        training: whether dropout is active.
+    """
     if len(branches) > 1 and not (training and any(branch.dropout for branch in branches)):
         down = torch.cat([branch.down for branch in branches], dim=1)
         branches = [Branch(down, torch.cat([branch.scaled_up() for branch in branches], dim=1), 1.0, 0.0)]
-    y = None if way.weight is not None else layer.base_layer(x)
+    y = base
     for down, up, scaling, dropout in branches:
         options = {"scaling": scaling, "dropout": dropout, "training": training, **settings.for_tokens(x)}
         if y is None:

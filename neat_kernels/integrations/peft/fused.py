@@ -152,12 +152,14 @@ class FusedNetworks(FusedLayer):
 
     def _run(self, way: Route, names: list[str], x: Tensor) -> Tensor:
         networks = [self._network(name) for name in names]
+        # First: bitsandbytes repacks its weight, with other scales, in the first call in eval mode on a CPU.
+        base = self.base_layer(x) if way.weight is None else None
         branches = self._cached(way, networks, x)
         if branches is None:
             if way.weight is not None and len(networks) == 1:
                 return run_network(way, x, networks[0], self._settings(), self.training)
             branches = [network.branch(way.features(network)) for network in networks]
-        return run_branches(self, way, x, branches, self._settings(), self.training)
+        return run_branches(way, x, base, branches, self._settings(), self.training)
 
     def _rank_and_dtype(self, names: list[str]) -> tuple[int, torch.dtype]:
         networks = [self._network(name) for name in names]

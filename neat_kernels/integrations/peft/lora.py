@@ -40,7 +40,8 @@ class FusedLoraLinear(FusedLayer, Linear):
 
     def _run(self, way: Route, names: list[str], x: Tensor) -> Tensor:
         branches = [self._branch(name) for name in names]
-        return run_branches(self, way, x, branches, self._settings(), self.training)
+        base = self.base_layer(x) if way.weight is None else None
+        return run_branches(way, x, base, branches, self._settings(), self.training)
 
     def _branch(self, name: str) -> Branch:
         dropout = self.lora_dropout[name]
