@@ -78,12 +78,13 @@ def _cases(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _done_before(options: argparse.Namespace, facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """With --resume, the cases of the output, if they were measured on this commit, device and versions."""
+    """With --resume, the output's cases with their sound runs, if they are of this commit, device and versions."""
     if not (options.resume and options.output.is_file()):
         return []
     before = json.loads(options.output.read_text())
     same = all(before["provenance"][key] == facts[key] for key in ("commit", "device", "versions"))
-    return list(before.get("cases", [])) if same else []
+    cases: list[dict[str, Any]] = before.get("cases", []) if same else []
+    return [{**case, "runs": [run for run in case["runs"] if is_sound([run])]} for case in cases]
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -88,6 +88,15 @@ def test_a_wrong_contender_is_not_timed_and_fails_the_command(tmp_path, monkeypa
     assert "neat" not in read_results(tmp_path / "out.json").cases[0]["summary"]["ms"]
 
 
+def test_a_dtype_that_the_cpu_cannot_multiply_is_left_out_and_said(monkeypatch, tmp_path):
+    monkeypatch.setattr(presets, "half_gemm_is_native", lambda dtype: False)
+    runs = case_of([1.0], [2.0])["runs"]
+    monkeypatch.setattr(command, "fresh_processes", lambda cases, *rest, **more: [runs for _ in cases])
+    result = run("--device", "cpu", "--shape", "8x16x24", "--r", 2, "--json", "out.json")
+    assert "bf16 is left out" in result.output
+    assert {case["dtype"] for case in read_results(tmp_path / "out.json").cases} == {"float32"}
+
+
 def test_who_takes_no_part_is_said(monkeypatch):
     absent = {"status": "skipped", "reason": "peft is not installed"}
 
@@ -125,7 +134,7 @@ def test_an_interrupt_keeps_what_was_whole(tmp_path, monkeypatch):
 class TestCompare:
     def test_beyond_noise_is_farther_apart_than_both_spreads(self, tmp_path):
         old = write(tmp_path / "old.json", case_of([1.0, 1.0, 1.0], [2.0, 2.1, 2.2]))
-        within = write(tmp_path / "within.json", case_of([1.0, 1.0, 1.0], [2.2, 2.3, 2.4]))
+        within = write(tmp_path / "within.json", case_of([1.0, 1.0, 1.0], [2.25, 2.35, 2.45]))
         beyond = write(tmp_path / "beyond.json", case_of([1.0, 1.0, 1.0], [2.5, 2.6, 2.7]))
         told = run("--compare", old, "--measured", within)
         assert told.exit_code == 0, told.output

@@ -61,6 +61,14 @@ def test_a_wrong_contender_is_refused(fault, dtype):
         check(CONTENDERS["neat"], Layer(forward, {"dA": A, "dB": B}), problem)
 
 
+def test_a_gradient_that_is_missing_is_refused():
+    problem = make_problem(SHAPE, torch.float32, torch.device("cpu"))
+    layer = CONTENDERS["neat"].build(problem)
+    del layer.trainable["dB"]
+    with pytest.raises(WrongResultError, match="dB inf"):
+        check(CONTENDERS["neat"], layer, problem)
+
+
 def test_a_stale_cache_of_features_is_refused():
     """The second inference reads what the first has cached; a layer whose second answer is another is not timed."""
     problem = make_problem(SHAPE, torch.float32, torch.device("cpu"))

@@ -34,11 +34,12 @@ _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure: cases, over how many processes and within what time, and where to write."""
+    """What to measure: cases, over how many processes and within what time, where to write, and what is left out."""
 
     cases: list[Case]
     preset: Preset
     json: Path
+    left_out: str = ""
 
 
 def run(options: Mapping[str, Any], console: Console) -> None:
@@ -107,7 +108,10 @@ def _request(options: Mapping[str, Any]) -> Request:
     else:
         layers = layers_of(name, device)
     threads = _threads(options["threads"])
-    return Request(cases(layers, dtypes, device, threads, preset), preset, _file(options, name))
+    left_out = ""
+    if options["dtype"] is None and device.type == "cpu" and "bfloat16" not in dtypes:
+        left_out = "bf16 is left out: this CPU has no product of bf16 matrices in hardware (--dtype bf16 measures it)"
+    return Request(cases(layers, dtypes, device, threads, preset), preset, _file(options, name), left_out)
 
 
 def _again(options: Mapping[str, Any], old: Results) -> Request:
@@ -177,6 +181,8 @@ def _measure(request: Request, console: Console) -> Results:
     """Measure, print and write; a file holds whole cases only, and is written anew after each group of them."""
     facts = provenance()
     print_facts(facts, request.cases[0]["threads"], console)
+    if request.left_out:
+        console.print(request.left_out, highlight=False)
     preset = request.preset
     deadline = time.monotonic() + preset.limit
     groups = [[case] for case in request.cases] if preset.apart else [request.cases]
