@@ -151,9 +151,13 @@ class TestCompare:
         assert [(change.contender, change.beyond_noise) for change in changes] == [("frozen", True), ("neat", False)]
         assert changes[1].factor == pytest.approx(1)
 
-    def test_one_process_tells_nothing(self):
+    def test_one_process_tells_nothing(self, tmp_path):
         results = [Results(FACTS, [case_of([1.0], [ratio])]) for ratio in (2.0, 4.0)]
         assert [change.beyond_noise for change in compare(*results).changes] == [None, None]
+        old, new = (write(tmp_path / f"{ratio}.json", case_of([1.0], [ratio])) for ratio in (2.0, 4.0))
+        output = run("--compare", old, "--measured", new).output
+        assert "2 figures are of one process, which has no spread" in output
+        assert "beyond noise" not in output
 
     def test_what_only_one_side_has_and_other_versions_are_said(self, tmp_path):
         old = write(tmp_path / "old.json", case_of([1.0, 1.0], [2.0, 2.0]), case_of([1.0, 1.0], [2.0, 2.0], threads=1))

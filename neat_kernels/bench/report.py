@@ -70,7 +70,8 @@ def _ratio(case: Case, name: str, samples: str) -> str:
     if name == BASELINE:
         return f"1 = {times['ms'][name]:.3g} ms"
     ratio = times["ratios"][f"{name}/{BASELINE}"]
-    return f"{ratio['median']:.2f} ({ratio['min']:.2f}–{ratio['max']:.2f})"
+    spread = f" ({ratio['min']:.2f}–{ratio['max']:.2f})" if len(case["runs"]) > 1 else ""
+    return f"{ratio['median']:.2f}{spread}"
 
 
 def _print_memory(title: str, cases: Sequence[Case], console: Console) -> None:
@@ -128,11 +129,12 @@ def print_comparison(compared: Comparison, console: Console) -> None:
             table.add_row(where, change.contender, *_then_and_now(change), f"{100 * (change.factor - 1):+.1f} %")
         console.print(table)
     told = len(compared.changes) - len(untold)
-    console.print(
-        f"{len(changed)} of {told} figures have changed beyond noise: their medians are farther apart than both "
-        "spreads together. The frozen linear is compared by its milliseconds, the others by their ratio to it.",
-        highlight=False,
-    )
+    if told:
+        console.print(
+            f"{len(changed)} of {told} figures have changed beyond noise: their medians are farther apart than both "
+            "spreads together. The frozen linear is compared by its milliseconds, the others by their ratio to it.",
+            highlight=False,
+        )
     if untold:
         console.print(f"{len(untold)} figures are of one process, which has no spread: nothing can be told.")
 
