@@ -8,8 +8,8 @@ compute_dtype says otherwise) before any product over tokens; gradients leave th
 dtype.
 
 Two plans for the base GEMM. Native: the branch is written first, in x's dtype, and torch's GEMM accumulates onto it;
-for half tokens on a CPU it is the other way round. In half precision that rounds the first of the two once more than the
-reference does. Blocks: where the CPU has no half GEMM, fp32 casts of row blocks, with one rounding at the end.
+for half tokens on a CPU it is the other way round. In half precision the first of the two is rounded once more than in
+the reference. Blocks: where the CPU has no half GEMM, fp32 casts of row blocks, with one rounding at the end.
 """
 
 from __future__ import annotations
