@@ -245,6 +245,8 @@ def hangs_on(*linears: nn.Module) -> str | None:
     for linear in linears:
         if type(linear) is not nn.Linear:
             return f"a part of it is a {type(linear).__name__}, not nn.Linear"
+        if type(linear.weight).__name__ == "DTensor":
+            return "a part of it is sharded"
         if is_hooked_part(linear):
             return "hooks hang on a part of it"
     return None
