@@ -67,3 +67,18 @@ def test_an_adapter_that_accelerate_offloads_is_not_fused():
     assert "PEFT's own forward: adapter 'default': hooks hang on a part of it" in layer.explain(x)
     layer.peanut_B["default"]._hf_hook.offload = False
     assert torch.equal(layer(x), y)
+
+
+@pytest.mark.parametrize("kind", ["peanut", "lora"])
+def test_a_sharded_adapter_keeps_pefts_forward(kind):
+    model, x = adapted(kind), torch.randn(5, 12)
+    layer = model.base_model.model[0]
+    part = layer.peanut_B["default"] if kind == "peanut" else layer.lora_B["default"]
+
+    class DTensor(nn.Parameter):
+        pass
+
+    y = layer(x)
+    part.weight = DTensor(part.weight.detach())
+    assert "PEFT's own forward: adapter 'default': a part of it is sharded" in layer.explain(x)
+    assert (layer(x) - y).abs().max() <= 1e-5
