@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from neat_kernels.bench.contenders import CONTENDERS
+from neat_kernels.bench.contenders import CONTENDERS, check_company
 from neat_kernels.bench.measure import check, run, weight_copies
 from neat_kernels.bench.problem import Problem, make_problem
 from neat_kernels.bench.provenance import provenance, write_json
@@ -43,6 +43,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ceilings", action="store_true", help="measure the ceilings alone")
     parser.add_argument("--output", type=Path, required=True, help="write the results to this JSON file")
     options = parser.parse_args(arguments)
+    try:
+        check_company(options.contenders)
+    except ValueError as error:
+        parser.error(str(error))
     if not torch.cuda.is_available():
         parser.error(f"expected a CUDA device, torch {torch.__version__} finds none")
     device = torch.device("cuda", torch.cuda.current_device())
