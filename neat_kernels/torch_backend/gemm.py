@@ -50,8 +50,12 @@ def rows_times_rounded(a: Tensor, b: Tensor, dtype: torch.dtype, scaling: float 
     """scaling·a·b [M,r] rounded once to `dtype` from a wide sum, for a tall a [M,K] and a narrow b [K,r]."""
     if a.dtype == b.dtype == dtype and multiplies_halves(a):
         return torch.addmm(a.new_zeros(()), a, b, beta=0, alpha=scaling)
-    product = rows_times(a, b, wide_dtype(a))
-    return (product if scaling == 1.0 else product.mul_(scaling)).to(dtype)
+    return scaled_(rows_times(a, b, wide_dtype(a)), scaling).to(dtype)
+
+
+def scaled_(t: Tensor, scaling: float) -> Tensor:
+    """t·scaling in place, or t itself where that is no change."""
+    return t if scaling == 1.0 else t.mul_(scaling)
 
 
 def transposed_times(a: Tensor, p: Tensor, wide: torch.dtype) -> Tensor:

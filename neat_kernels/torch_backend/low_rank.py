@@ -26,6 +26,7 @@ from neat_kernels.torch_backend.gemm import (
     multiplies_halves,
     row_blocks,
     rows_times_rounded,
+    scaled_,
     transposed,
     transposed_times,
 )
@@ -122,7 +123,7 @@ def backward(
         ddown = transposed(_down_backward(x, dS, seed, branch), needs.ddown)
     if needs.dup is not None:
         assert S is not None
-        dup = transposed(transposed_times(dy, S, wide).mul_(branch.scaling), needs.dup)
+        dup = transposed(scaled_(transposed_times(dy, S, wide), branch.scaling), needs.dup)
     if needs.dbias is not None:
         dbias = dy.sum(0, dtype=wide).to(needs.dbias)
     return dx, ddown, dup, dbias
