@@ -19,7 +19,7 @@ help:
 	@echo "make test    run the test suite"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff rewrite the sources"
-	@echo "make bench   time one layer against its peers; results in bench-output/"
+	@echo "make bench   time a layer, a block and a model against their peers; results in bench-output/"
 	@echo "make gate    compile every kernel for seven GPU architectures, and write the report"
 	@echo "make peft-suite PEFT=CHECKOUT  run PEFT's own PEANuT tests on our layers, from a source tree of a PEFT release"
 	@echo "make clean   remove the virtual environment and everything the targets wrote"
@@ -55,7 +55,7 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	mkdir -p bench-output
-	$(BIN)/python -m benchmarks.layer_ratio --limit 420 --output bench-output/layer_ratio.json
+	$(BIN)/neat-kernels bench quick --json bench-output/bench.json --overwrite
 	$(BIN)/python -m pytest benchmarks --benchmark-json bench-output/pytest_benchmark.json
 
 # Several minutes: every kernel configuration for every architecture.

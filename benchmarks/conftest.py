@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.provenance import provenance
+from neat_kernels.bench.provenance import provenance
 
 
 @pytest.hookimpl(optionalhook=True)

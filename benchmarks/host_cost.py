@@ -26,7 +26,7 @@ import torch
 import neat_kernels as nk
 from benchmarks.gate.fake_driver import capture
 from benchmarks.gate.targets import TARGETS
-from benchmarks.provenance import provenance, write_json
+from neat_kernels.bench.provenance import provenance, write_json
 
 # Few tokens and small matrices: host code does the same for any size.
 _M, _N, _K, _R = 512, 1024, 1536, 16

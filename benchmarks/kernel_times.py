@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.contenders import CONTENDERS
-from benchmarks.measure import check, run, weight_copies
-from benchmarks.problem import Problem, make_problem
-from benchmarks.provenance import provenance, write_json
-from benchmarks.shapes import SHAPES, parse_shapes
+from neat_kernels.bench.contenders import CONTENDERS, check_company
+from neat_kernels.bench.measure import check, run, weight_copies
+from neat_kernels.bench.problem import Problem, make_problem
+from neat_kernels.bench.provenance import provenance, write_json
+from neat_kernels.bench.shapes import SHAPES, parse_shapes
 from neat_kernels.tuning.timing import Problem as Timed
 from neat_kernels.tuning.timing import prepare
 
@@ -40,14 +40,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shapes", nargs="+", type=parse_shapes, default=_DEFAULT, help="TOKENSxINxOUTxR, or a set")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--contenders", nargs="+", default=["frozen", "neat", "neat_half"], choices=list(CONTENDERS))
+    parser.add_argument("--ceilings", action="store_true", help="measure the ceilings alone")
     parser.add_argument("--output", type=Path, required=True, help="write the results to this JSON file")
     options = parser.parse_args(arguments)
+    try:
+        check_company(options.contenders)
+    except ValueError as error:
+        parser.error(str(error))
     if not torch.cuda.is_available():
         parser.error(f"expected a CUDA device, torch {torch.__version__} finds none")
     device = torch.device("cuda", torch.cuda.current_device())
     results: dict[str, Any] = {"provenance": provenance(), "dtype": options.dtype, "ceilings": _ceilings(device)}
     print(", ".join(f"{name} {value:.3g}" for name, value in results["ceilings"].items()))
     results["cases"], sound = [], True
+    if options.ceilings:
+        write_json(options.output, results)
+        return 0
     for shape in (one for group in options.shapes for one in group):
         problem = make_problem(shape, getattr(torch, options.dtype), device)
         for name in options.contenders:

@@ -1,4 +1,4 @@
-"""pytest-benchmark: forward + backward of one layer, every contender held to float64 before it is timed.
+"""pytest-benchmark: one layer in training, its forward and backward apart, in inference and in decoding.
 
 python -m pytest benchmarks --benchmark-json FILE
 """
@@ -6,26 +6,38 @@ python -m pytest benchmarks --benchmark-json FILE
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.contenders import CONTENDERS
-from benchmarks.measure import check, sample_ms, weight_copies
-from benchmarks.problem import Problem, make_problem
-from benchmarks.shapes import SHAPES, LayerShape
+from benchmarks.pedantic import skip_unless_it_runs, time_contender
+from neat_kernels.bench.contenders import CONTENDERS
+from neat_kernels.bench.measure import MODES, Mode
+from neat_kernels.bench.problem import Problem, make_problem
+from neat_kernels.bench.shapes import SHAPES, LayerShape
 
-_ROUNDS = 10
-# Without AVX-512 torch multiplies bf16 matrices on a CPU a hundred times slower than fp32 ones.
+# Without a bf16 product in hardware torch multiplies bf16 matrices on a CPU a hundred times slower than fp32 ones.
 _CPU_HALF = LayerShape(256, 512, 512, 16)
+
+
+def _cases(mode: Mode, device: str, dtype: str, shapes: Iterable[LayerShape]) -> list[object]:
+    marks = [pytest.mark.gpu] if device == "cuda" else []
+    return [pytest.param(mode, device, s, dtype, id=f"{mode}-{device}-{s}-{dtype}", marks=marks) for s in shapes]
+
+
+_DECODED = {
+    device: (SHAPES[name][0], SHAPES[name][-1])
+    for device, name in {"cpu": "decoding-1b", "cuda": "decoding-8b"}.items()
+}
 _CASES = [
-    *(pytest.param("cpu", shape, "float32", id=f"cpu-{shape}-float32") for shape in SHAPES["cpu"]),
-    pytest.param("cpu", _CPU_HALF, "bfloat16", id=f"cpu-{_CPU_HALF}-bfloat16"),
-    *(
-        pytest.param("cuda", shape, "bfloat16", id=f"cuda-{shape}-bfloat16", marks=pytest.mark.gpu)
-        for shape in (*SHAPES["gpu-large"], *SHAPES["gpu-small"])
-    ),
+    *_cases("training", "cpu", "float32", SHAPES["cpu"][1:]),
+    *(case for mode in MODES for case in _cases(mode, "cpu", "bfloat16", [_CPU_HALF])),
+    *_cases("inference", "cpu", "float32", _DECODED["cpu"]),
+    *(case for mode in MODES for case in _cases(mode, "cuda", "bfloat16", SHAPES["gpu-large"][:1])),
+    *_cases("training", "cuda", "bfloat16", (SHAPES["gpu-large"][1], *SHAPES["gpu-small"])),
+    *_cases("inference", "cuda", "bfloat16", _DECODED["cuda"]),
 ]
 
 
@@ -35,26 +47,11 @@ def _problem(device: str, shape: LayerShape, dtype: str) -> Problem:
 
 
 @pytest.mark.parametrize("contender", CONTENDERS)
-@pytest.mark.parametrize(("device", "shape", "dtype"), _CASES)
+@pytest.mark.parametrize(("mode", "device", "shape", "dtype"), _CASES)
 def test_layer(
-    benchmark: BenchmarkFixture,
-    request: pytest.FixtureRequest,
-    device: str,
-    shape: LayerShape,
-    dtype: str,
-    contender: str,
+    benchmark: BenchmarkFixture, mode: Mode, device: str, shape: LayerShape, dtype: str, contender: str
 ) -> None:
     """Time one contender on one shape."""
-    entry = CONTENDERS[contender]
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    if not entry.differs_in(dtype):
-        pytest.skip(f"the same contender as without the suffix in {dtype}")
-    reason = entry.unavailable()
-    if reason is not None:
-        pytest.skip(reason)
-    problem = _problem(device, shape, dtype)
-    layers = [entry.build(problem) for _ in range(weight_copies(problem))]
-    benchmark.group = f"{device}-{shape}-{dtype}"
-    benchmark.extra_info |= {"errors": check(entry, layers[0], problem), "layers_per_round": len(layers)}
-    benchmark.pedantic(sample_ms, args=(layers, problem), rounds=_ROUNDS, warmup_rounds=1)
+    skip_unless_it_runs(device, dtype, CONTENDERS[contender])
+    benchmark.group = f"{mode}-{device}-{shape}-{dtype}"
+    time_contender(benchmark, CONTENDERS[contender], _problem(device, shape, dtype), mode)

@@ -13,9 +13,22 @@ from rich.markup import escape
 
 from neat_kernels._version import __version__
 
+# One paragraph a line: rich would otherwise join the lines of the code.
+UNDER_PEFT = """\
+[bold]An existing PEFT script, PEANuT or LoRA, in three lines:[/]
+
+from neat_kernels.integrations.peft import accelerate
+
+model = get_peft_model(model, PeanutConfig(...))  # as before, or LoraConfig(...)
+
+print(accelerate(model))
+"""
+
 app = typer.Typer(
     name="neat-kernels",
-    help="Fast Neat fine-tuning: see what this machine can run, fine-tune a model, predict costs, tune launches.",
+    help="Fast Neat fine-tuning: see what this machine runs, fine-tune a model, measure, predict costs, tune launches.",
+    epilog=UNDER_PEFT,
+    rich_markup_mode="rich",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -43,13 +56,14 @@ def options(
         bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=print_version)
     ] = False,
 ) -> None:
-    """Fast Neat fine-tuning: see what this machine can run, fine-tune a model, predict costs, tune launches."""
+    """Fast Neat fine-tuning: see what this machine runs, fine-tune a model, measure, predict costs, tune launches."""
 
 
 @contextmanager
 def told_plainly() -> Iterator[None]:
     """Turn the errors a user can act on into one message and an exit status."""
     from neat_kernels.adapters.errors import AdapterError
+    from neat_kernels.bench import BenchError
     from neat_kernels.finetune.interrupt import Interrupted
     from neat_kernels.finetune.settings import UsageError
     from neat_kernels.finetune.train import TrainingError
@@ -60,7 +74,7 @@ def told_plainly() -> Iterator[None]:
     except Interrupted as error:
         Console(stderr=True).print(escape(str(error)), highlight=False, soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from error
-    except (UsageError, TrainingError, TuningError, AdapterError, OSError) as error:
+    except (UsageError, TrainingError, TuningError, AdapterError, BenchError, OSError) as error:
         Console(stderr=True).print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(USAGE if isinstance(error, UsageError) else FAILURE) from error
 
@@ -171,31 +185,71 @@ LAYER, FILES = "Layer and device", "Files"
 
 @app.command()
 def bench(
+    preset: Annotated[
+        Text, typer.Argument(help="quick, under three minutes on a CPU, or full.", show_default="quick")
+    ] = None,
     model: Annotated[bool, typer.Option("--model", help="Predict from the performance model; nothing is run.")] = False,
-    device: Annotated[Text, option("A device that the model knows, such as H200 or A100.", "H200", LAYER)] = None,
+    device: Annotated[
+        Text,
+        option("cpu or cuda; with --model one that the model knows, such as A100.", "cuda or cpu; model: H200", LAYER),
+    ] = None,
     shape: Annotated[
-        Texts, option("A layer as TOKENSxINxOUT; may be repeated.", "the four layers of the budgets", LAYER)
+        Texts,
+        option("A layer as TOKENSxINxOUT or, measured, LAYER@TOKENS; may be repeated.", "the preset's layers", LAYER),
     ] = None,
-    r: Annotated[Whole, option("Rank of the adapter, up to 128.", "16", LAYER, "--r", "--rank")] = None,
-    dtype: Annotated[Text, option("bf16, fp16 or fp32.", "bf16", LAYER)] = None,
-    plan: Annotated[Text, option("auto, fused, cublas or small.", "auto: the model's choice", LAYER)] = None,
+    r: Annotated[
+        Whole, option("Rank of the adapter of --shape; with --model up to 128.", "16", LAYER, "--r", "--rank")
+    ] = None,
+    dtype: Annotated[Text, option("bf16, fp16 or fp32.", "what the device multiplies; model: bf16", LAYER)] = None,
+    threads: Annotated[Whole, option("CPU threads.", "torch's", LAYER)] = None,
+    plan: Annotated[
+        Text, option("With --model: auto, fused, cublas or small.", "auto: the model's choice", LAYER)
+    ] = None,
     compare: Annotated[
-        Place, option("Print predictions beside the measurements of benchmarks.layer_ratio.", "none", FILES)
+        Place, option("An earlier result: measure it again, and tell what changed beyond noise.", "none", FILES)
     ] = None,
-    json: Annotated[Place, option("Write the predictions to this file too.", "none", FILES)] = None,
+    measured: Annotated[
+        Place, option("A result to compare with it, or to predict with --model; nothing is run.", "none", FILES)
+    ] = None,
+    json: Annotated[
+        Place, option("Write the results to this file.", "named after the time; model: none", FILES)
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace that file if it is there.", rich_help_panel=FILES)
     ] = False,
 ) -> None:
-    """Predict bytes, operations and time of every kernel of a layer, beside the frozen linear and PEFT's LoRA.
+    """Time one layer against the frozen linear, LoRA and other ways to run Neat, each held to float64 first.
 
-    Predictions are no measurements. Those are made by `make bench` in a clone of the repository.
+    Prints ratios to the frozen linear with their spread over fresh processes, and memory; writes them as JSON. With
+    --model it predicts bytes, operations and time of every kernel on a GPU instead: predictions are no measurements.
     """
     given = dict(locals())
     with told_plainly():
-        from neat_kernels.model.command import run
+        if model:
+            from neat_kernels.model.command import run
+        else:
+            from neat_kernels.bench.command import run
 
         run(given, Console())
+
+
+@app.command()
+def plot(
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            help="A result of bench, of benchmarks.layer_ratio or benchmarks.model_step; or some of kernel_times."
+        ),
+    ],
+    output_dir: Annotated[Place, typer.Option(help="Folder for the pictures.", show_default="this one")] = None,
+    format: Annotated[Text, typer.Option(help="svg or png.", show_default="svg")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures that are there.")] = False,
+) -> None:
+    """Draw measurements: overhead against tokens and width, memory, whole models, kernels under the roofline."""
+    with told_plainly():
+        from neat_kernels.bench.plot_command import run
+
+        run(files, output_dir, format, overwrite, Console())
 
 
 @app.command()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from neat_kernels import functional
+from neat_kernels import functional, inference
 from neat_kernels.base_layer import adapter_dtype, as_matrix, checked_weight
 from neat_kernels.cache import Factors, FeatureCache, ReusedFeatures
 from neat_kernels.merge import merge
@@ -203,9 +203,15 @@ class FusedNeatLinear(nn.Module):
             RuntimeError: the layer is merged and is asked to train its adapter.
             BackendUnavailableError: an explicit backend cannot run here.
         """
-        if self.merged:
+        if self._unmerged is not None:
             self._refuse_training_while_merged()
             return F.linear(x, self._matrix(), self.bias)
+        weight = self._matrix()
+        given = self._given_factors(x)
+        if given is not None and self._reused is None:
+            y = inference.linear(x, weight, self.bias, *given, self.scaling, self.compute_dtype, self.backend)
+            if y is not None:
+                return y
         token_side: dict[str, Any] = {
             "scaling": self.scaling,
             "dropout": self.dropout,
@@ -213,8 +219,6 @@ class FusedNeatLinear(nn.Module):
             "compute_dtype": self.compute_dtype,
             "backend": self.backend,
         }
-        weight = self._matrix()
-        given = self._given_factors(x)
         if given is not None:
             return functional.low_rank_linear(x, weight, *given, self.bias, **token_side)
         return functional.neat_linear(x, weight, self.neat_A, self.neat_B, self.bias, **self._network(), **token_side)
@@ -383,6 +387,10 @@ class FusedNeatLinear(nn.Module):
         if not self._features_are_given(parameters):
             return None
         if self._reused is not None:
+            if getattr(self, "_is_replica", False):
+                raise RuntimeError(
+                    "reuse_features() cannot be used under nn.DataParallel, whose replicas have parameters of their own"
+                )
             return self._as_factors(self._reused.checked(parameters), self.neat_B)
         dtype = self.compute_dtype or autocast_dtype(x)
         key = (dtype, self.orientation, self.activation)
@@ -398,7 +406,8 @@ class FusedNeatLinear(nn.Module):
         # Outside inference mode, so that the cached tensors are ordinary ones and serve later calls in any mode.
         with torch.inference_mode(False), torch.no_grad():
             down, up = self._as_factors(self._features(self._matrix()), self.neat_B.detach())
-            return down.to(dtype, copy=True), up.to(dtype, copy=True)
+            kept = inference.factor_dtype(down.device, dtype)
+            return down.to(dtype, copy=True).to(kept), up.to(dtype, copy=True).to(kept)
 
     def _refuse_training_while_merged(self) -> None:
         if self.training and torch.is_grad_enabled() and any(p.requires_grad for p in self._feature_parameters()):

@@ -1,3 +1,4 @@
+import gc
 import os
 
 import pytest
@@ -24,6 +25,15 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def frozen_garbage():
+    """Garbage is collected among what the tests make: the Trainer collects at every start, mostly what was imported."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(params=["native", "blocks"])

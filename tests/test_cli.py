@@ -210,3 +210,9 @@ def test_the_real_default_model_trains(data, tmp_path, monkeypatch):
     assert lora["losses"][0] == pytest.approx(neat["losses"][0], rel=1e-4)
     for method in ("lora", "neat"):
         assert set(load_classifier(tmp_path / method)(["cat1 dog2", "tree3"])) <= set(LABELS)
+
+
+def test_help_shows_how_a_script_of_peft_becomes_ours():
+    result = CliRunner().invoke(app, ["--help"])
+    assert "from neat_kernels.integrations.peft import accelerate" in result.output
+    assert "print(accelerate(model))" in result.output

@@ -12,7 +12,7 @@ import neat_kernels as nk
 from neat_kernels.vocabulary import ACTIVATIONS, BACKENDS, ORIENTATIONS
 
 ROOT = Path(__file__).resolve().parent.parent
-README, API = ROOT / "README.md", ROOT / "docs" / "api.md"
+README, API, PEFT = ROOT / "README.md", ROOT / "docs" / "api.md", ROOT / "docs" / "peft.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 MODULES = ("functional", "reference")
 
@@ -95,7 +95,7 @@ CALLABLES = {
 }
 
 
-@pytest.mark.parametrize("page", [README, API], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [README, API, PEFT], ids=lambda page: page.name)
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = read(page)

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 pytest.importorskip("triton")
 import neat_kernels as nk
-from benchmarks.provenance import ROOT
+from neat_kernels.bench.provenance import ROOT
 from neat_kernels.cli import app
 from neat_kernels.model import compare, cpu, devices, gemm, peers, predict, steps
 from neat_kernels.model.work import Layer, Work
@@ -317,7 +317,7 @@ class TestCommand:
 
     def test_comparison(self, monkeypatch):
         monkeypatch.setattr(cpu, "_fastest", lambda call: (call(), 0.01)[1])
-        result = run("--model", "--compare", CPU_RESULTS)
+        result = run("--model", "--measured", CPU_RESULTS)
         assert result.exit_code == 0, result.output
         for word in ("Measured on AMD EPYC", "2048x1024x1024x16 float32", "not modelled", "off by a factor of"):
             assert word in result.output
@@ -325,8 +325,9 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ((), "measurements are made by `make bench`"),
-            (("--shape", "1x64x64"), "bench needs --model"),
+            (("quick", "--model"), "the preset 'quick' is not read with --model"),
+            (("--model", "--threads", "2"), "--threads is not read with --model"),
+            (("--model", "--compare", CPU_RESULTS), "predictions stand beside the measurements of --measured FILE"),
             (("--model", "--device", "H20"), "expected a device the model knows (H200, H100, A100"),
             (("--model", "--shape", "64x64"), "--shape must be TOKENSxINxOUT"),
             (("--model", "--shape", "64x64x-1"), "--shape must be TOKENSxINxOUT"),
@@ -338,8 +339,8 @@ class TestCommand:
             (("--model", "--plan", "fused", "--dtype", "fp32"), "--plan fused takes half precision"),
             (("--model", "--json", "/no/such/folder/p.json"), "--json must be a file in a folder that is there"),
             (("--model", "--overwrite"), "--overwrite is read with --json only"),
-            (("--model", "--compare", "no.json"), "expected a result file of benchmarks.layer_ratio"),
-            (("--model", "--compare", CPU_RESULTS, "--device", "H200"), "--device is not read with --compare"),
+            (("--model", "--measured", "no.json"), "expected a result file of benchmarks.layer_ratio"),
+            (("--model", "--measured", CPU_RESULTS, "--device", "H200"), "--device is not read with --measured"),
         ],
     )
     def test_refused(self, arguments, message):
@@ -352,7 +353,7 @@ class TestCommand:
     def test_a_file_that_holds_something_else(self, content, tmp_path):
         path = tmp_path / "other.json"
         path.write_text(content)
-        result = run("--model", "--compare", path)
+        result = run("--model", "--measured", path)
         assert result.exit_code == 2
         assert "expected a result file of benchmarks.layer_ratio" in result.output
 

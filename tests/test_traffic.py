@@ -86,13 +86,13 @@ BASE_GEMMS = {"fused": {"gemm_descriptor._gemm_descriptor_kernel": 2}, "cublas":
 WEIGHT_SIDE = {
     ("out", 0): {
         "features._project_kernel": 1,
-        "features._finish_kernel": 1,
+        "features._chain_forward_kernel": 1,
         "features_backward._weight_kernel": 1,
         "reduce._reduce_kernel": 2,
     },
     ("in", 0): {
         "features._project_kernel": 1,
-        "features._finish_kernel": 1,
+        "features._chain_forward_kernel": 1,
         "features_backward._weight_kernel": 1,
         "reduce._reduce_kernel": 2,
     },
@@ -163,7 +163,7 @@ OPERANDS = {
     "features._project_kernel": [["w_ptr"]],
     "features_backward._weight_kernel": [["w_ptr"]],
     "up_finish._finish_kernel": [[]],
-    "features._finish_kernel": [[]],
+    "features._chain_forward_kernel": [[]],
     "reduce._reduce_kernel": [[], []],
 }
 

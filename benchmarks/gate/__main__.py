@@ -22,7 +22,7 @@ from benchmarks.gate.case import Suite, load, run
 from benchmarks.gate.report import distinct_kernels, write_markdown
 from benchmarks.gate.sass import ptxas_versions
 from benchmarks.gate.targets import TARGETS
-from benchmarks.provenance import provenance, write_json
+from neat_kernels.bench.provenance import provenance, write_json
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -293,7 +293,7 @@ MEANT: dict[str, Callable[[Launch], Expectations]] = {
     "up_finish._finish_kernel": _finish,
     "reduce._reduce_kernel": _sum,
     "features._project_kernel": _weight,
-    "features._finish_kernel": _chain,
+    "features._chain_forward_kernel": _chain,
     "features_backward._weight_kernel": _weight,
     "features_backward._chain_backward_kernel": _chain_backward,
     "merge._merge_kernel": _merged,

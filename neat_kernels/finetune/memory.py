@@ -49,7 +49,7 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
-def traced_peak(step: Callable[[], None]) -> int:
+def traced_peak(step: Callable[[], object]) -> int:
     """The most bytes that `step` held at one time beyond what was there before, as the CPU allocator reports them."""
     from torch.profiler import ProfilerActivity, profile
 

@@ -61,7 +61,7 @@ def _project_kernel(
 
 
 @triton.jit
-def _finish_kernel(
+def _chain_forward_kernel(
     partial_ptr,
     chain_ptr,
     trace_ptr,
@@ -181,7 +181,7 @@ def finish_features(partial: Tensor, chain: Tensor | None, activation: str) -> t
 def _prepare_finish(place: launch.Target, rows: int, pieces: int, r: int, activation: str, depth: int) -> Bound:
     config = launch.config("chain", place, r, 4)
     return Bound(
-        _finish_kernel,
+        _chain_forward_kernel,
         (launch.cdiv(rows, config.block_m),),
         (rows, pieces),
         R=r,

@@ -24,7 +24,6 @@ from neat_kernels.plan import most_of_a_small_batch
 # The project's budgets are set for these: two large layers, one that is bound by launches, one of few tokens.
 SHAPES = ("8192x4096x4096", "8192x4096x14336", "2048x768x768", "16x4096x4096")
 PLANS = ("auto", "fused", "cublas", "small")
-MEASURED_BY = "make bench"
 
 
 @dataclass(frozen=True)
@@ -43,17 +42,17 @@ def run(options: Mapping[str, Any], console: Console) -> None:
     Raises:
         UsageError: an option is malformed, or would have no effect.
     """
-    if not options["model"]:
-        raise UsageError(
-            f"bench needs --model, which predicts; measurements are made by `{MEASURED_BY}` in a clone of the "
-            "repository (python -m benchmarks.layer_ratio)"
-        )
+    unread = [name for name in ("preset", "threads", "compare") if options[name] is not None]
+    if unread:
+        what = f"the preset {options['preset']!r}" if unread[0] == "preset" else f"--{unread[0]}"
+        hint = "; predictions stand beside the measurements of --measured FILE" if unread[0] == "compare" else ""
+        raise UsageError(f"{what} is not read with --model, which measures nothing{hint}")
     if importlib.util.find_spec("triton") is None:
         raise UsageError(
             "the model asks the kernels how they would be launched, which needs Triton: pip install triton"
         )
     try:
-        if options["compare"] is not None:
+        if options["measured"] is not None:
             _compare(options, console)
         else:
             _predict(_request(options), console)
@@ -67,11 +66,11 @@ def _compare(options: Mapping[str, Any], console: Console) -> None:
     unread = [name for name in ("device", "shape", "r", "dtype", "plan", "json") if options[name] is not None]
     unread += ["overwrite"] if options["overwrite"] else []
     if unread:
-        raise UsageError(f"--{unread[0]} is not read with --compare: the file says what to predict")
+        raise UsageError(f"--{unread[0]} is not read with --measured: the file says what to predict")
     from neat_kernels.model.compare import compare, read_results
     from neat_kernels.model.report import print_compared
 
-    results = read_results(options["compare"])
+    results = read_results(options["measured"])
     console.print(f"Measured on {escape(results.device)} ({results.capability})", highlight=False)
     if any(case["device"] == "cpu" for case in results.cases):
         console.print(f"Predicted from the ceilings that {escape(_this_cpu())} shows now", highlight=False)

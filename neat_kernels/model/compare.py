@@ -1,4 +1,4 @@
-"""Predictions beside the measurements of `python -m benchmarks.layer_ratio`."""
+"""Predictions beside the measurements of `neat-kernels bench` and `python -m benchmarks.layer_ratio`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Results(NamedTuple):
 
 
 def read_results(path: Path) -> Results:
-    """A result file of `python -m benchmarks.layer_ratio`.
+    """A result file of `neat-kernels bench` or `python -m benchmarks.layer_ratio`.
 
     Raises:
         ValueError: it is not there, or is not such a file.
@@ -107,7 +107,7 @@ def _layer(case: dict[str, Any], contender: str) -> Layer:
 
 def _step(case: dict[str, Any], contender: str, device: Device) -> Step | None:
     """What a contender of the benchmarks runs, None if the model has no such thing."""
-    if contender not in _WIDE + _NARROW:
+    if contender not in _WIDE + _NARROW or case.get("mode", "training") != "training" or case.get("block"):
         return None
     layer = _layer(case, contender)
     if contender == "frozen":

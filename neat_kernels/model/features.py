@@ -75,7 +75,7 @@ def finish(layer: Layer, target: launch.Target, pieces: int) -> Work:
     g_reads, g_writes, through_chain = _g(layer)
     Z = feature_rows(layer)[0] * layer.r * _F32
     return Work(
-        "features._finish_kernel",
+        "features._chain_forward_kernel",
         {"partial_ptr": pieces * Z} | g_reads,
         {"z_ptr": Z} | g_writes,
         pieces * Z // _F32 + through_chain,

@@ -7,9 +7,9 @@ x, dy [M,K], [M,N]; W [N,K]; D [K,r]; U [N,r]. D, U, S and dS are rounded to the
 compute_dtype says otherwise) before any product over tokens; gradients leave their accumulator in their parameter's
 dtype.
 
-Two plans for the base GEMM. Native: the branch is written first, in x's dtype, and torch's GEMM accumulates onto it; in
-half precision that rounds the branch once more than the reference does. Blocks: where the CPU has no half GEMM, fp32
-casts of row blocks, with one rounding at the end.
+Two plans for the base GEMM. Native: the branch is written first, in x's dtype, and torch's GEMM accumulates onto it;
+for half tokens on a CPU it is the other way round. In half precision the first of the two is rounded once more than in
+the reference. Blocks: where the CPU has no half GEMM, fp32 casts of row blocks, with one rounding at the end.
 """
 
 from __future__ import annotations
@@ -21,8 +21,16 @@ import torch
 from torch import Tensor
 
 from neat_kernels.torch_backend.dropout import keep_mask
-from neat_kernels.torch_backend.gemm import casts_blocks, row_blocks, rows_times, transposed, transposed_times
-from neat_kernels.vocabulary import wide_dtype
+from neat_kernels.torch_backend.gemm import (
+    casts_blocks,
+    multiplies_halves,
+    row_blocks,
+    rows_times_rounded,
+    scaled_,
+    transposed,
+    transposed_times,
+)
+from neat_kernels.vocabulary import HALF_DTYPES, wide_dtype
 
 # Tokens whose fp32 casts are alive at once in the blocks plan: enough rows for full GEMM speed, few enough for the
 # cache.
@@ -59,11 +67,19 @@ def forward(
     if c != x.dtype:
         y = torch.nn.functional.linear(x, weight, bias)
         return _add_wide(y, S, up.to(c).t(), branch.scaling), S
+    return native(x, weight, bias, S, up.to(c), branch.scaling), S
+
+
+def native(x: Tensor, weight: Tensor, bias: Tensor | None, S: Tensor, U: Tensor, scaling: float) -> Tensor:
+    """y [M,N] where torch multiplies x's dtype, and S and U have it or hold its values in fp32."""
+    if x.device.type == "cpu" and x.dtype in HALF_DTYPES:
+        y = torch.nn.functional.linear(x, weight, bias)
+        if multiplies_halves(x):
+            return y.addmm_(S.to(x.dtype), U.to(x.dtype).t(), alpha=scaling)
+        return y.add_(S.float() @ U.float().t(), alpha=scaling)
     # alpha inside the product keeps s·S·Uᵀ + bias at one rounding; with beta=0 the zero is never read.
-    y = torch.addmm(
-        x.new_zeros(()) if bias is None else bias, S, up.to(c).t(), beta=bias is not None, alpha=branch.scaling
-    )
-    return y.addmm_(x, weight.t()), S
+    y = torch.addmm(x.new_zeros(()) if bias is None else bias, S, U.t(), beta=bias is not None, alpha=scaling)
+    return y.addmm_(x, weight.t())
 
 
 def add(
@@ -95,7 +111,7 @@ def backward(
     dx, ddown, dup, dbias = (dy.new_empty(0) for _ in range(4))
     if needs.dx or needs.ddown is not None:
         assert up is not None
-        dS = rows_times(dy, up.to(c), wide).mul_(branch.scaling).to(c)
+        dS = rows_times_rounded(dy, up.to(c), c, branch.scaling)
     if needs.dx:
         assert down is not None
         if weight is None:
@@ -107,7 +123,7 @@ def backward(
         ddown = transposed(_down_backward(x, dS, seed, branch), needs.ddown)
     if needs.dup is not None:
         assert S is not None
-        dup = transposed(transposed_times(dy, S, wide).mul_(branch.scaling), needs.dup)
+        dup = transposed(scaled_(transposed_times(dy, S, wide), branch.scaling), needs.dup)
     if needs.dbias is not None:
         dbias = dy.sum(0, dtype=wide).to(needs.dbias)
     return dx, ddown, dup, dbias
@@ -126,9 +142,9 @@ def _drop_(t: Tensor, seed: Tensor | None, rows: slice, dropout: float) -> Tenso
 
 
 def _down(x: Tensor, D: Tensor, seed: Tensor | None, branch: Branch) -> Tensor:
-    wide = wide_dtype(x)
     if seed is None:
-        return rows_times(x, D, wide).to(D.dtype)
+        return rows_times_rounded(x, D, D.dtype)
+    wide = wide_dtype(x)
     S = x.new_empty((x.shape[0], D.shape[1]), dtype=D.dtype)
     for rows in _token_blocks(x.shape[0]):
         S[rows] = _drop_(x[rows].to(wide, copy=True), seed, rows, branch.dropout) @ D.to(wide)

@@ -9,6 +9,7 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from neat_kernels import inference
 from neat_kernels.cache import FeatureCache
 from neat_kernels.integrations.peft.bases import is_hooked_part
 from neat_kernels.integrations.peft.branches import (
@@ -159,6 +160,11 @@ class FusedNetworks(FusedLayer):
             if way.weight is not None and len(networks) == 1:
                 return run_network(way, x, networks[0], self._settings(), self.training)
             branches = [network.branch(way.features(network)) for network in networks]
+        elif way.weight is not None:
+            settings, (down, up, *_) = self._settings(), branches[0]
+            y = inference.linear(x, way.weight, way.bias, down, up, 1.0, settings.compute_dtype, settings.backend)
+            if y is not None:
+                return y
         return run_branches(way, x, base, branches, self._settings(), self.training)
 
     def _rank_and_dtype(self, names: list[str]) -> tuple[int, torch.dtype]:
@@ -179,8 +185,9 @@ class FusedNetworks(FusedLayer):
             # Outside inference mode, so that what is kept serves later calls in any mode.
             with torch.inference_mode(False), torch.no_grad():
                 branches = [network.branch(way.features(network)) for network in networks]
-                down = torch.cat([branch.down.to(dtype) for branch in branches], dim=1)
-                up = torch.cat([branch.scaled_up().to(dtype) for branch in branches], dim=1)
+                kept = inference.factor_dtype(x.device, dtype)
+                down = torch.cat([branch.down.to(dtype) for branch in branches], dim=1).to(kept)
+                up = torch.cat([branch.scaled_up().to(dtype) for branch in branches], dim=1).to(kept)
             factors = self._neat_cache.put(parameters, key, (down, up))
         return [Branch(*factors, 1.0, 0.0)]
 
@@ -238,6 +245,8 @@ def hangs_on(*linears: nn.Module) -> str | None:
     for linear in linears:
         if type(linear) is not nn.Linear:
             return f"a part of it is a {type(linear).__name__}, not nn.Linear"
+        if type(linear.weight).__name__ == "DTensor":
+            return "a part of it is sharded"
         if is_hooked_part(linear):
             return "hooks hang on a part of it"
     return None

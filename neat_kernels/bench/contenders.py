@@ -2,24 +2,47 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.problem import Problem, Update
+from neat_kernels.bench.problem import Problem, Update
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A built contender: the call that is timed, and its trainable parameters by the name of their gradient."""
+    """A built contender.
+
+    Args:
+        forward: the call that is timed.
+        trainable: parameters by the name of their gradient.
+        frozen: weight and bias, where `forward` is a function.
+        caches: whether inference reads features from a cache.
+        given: the forward with features made beforehand, where a CUDA graph cannot read those that `forward` caches.
+    """
 
     forward: Callable[[Tensor], Tensor]
     trainable: dict[str, nn.Parameter] = field(default_factory=dict)
+    frozen: tuple[Tensor, ...] = ()
+    caches: bool = False
+    given: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def held(self) -> list[Tensor]:
+        """The tensors that are there whether or not anything runs."""
+        own = self.forward.parameters() if isinstance(self.forward, nn.Module) else ()
+        return [*own, *self.trainable.values(), *self.frozen]
+
+    def train(self, training: bool) -> None:
+        """Set the mode of a contender that is a module; what is a function has none."""
+        if isinstance(self.forward, nn.Module):
+            self.forward.train(training)
 
     @property
     def adapter_dtype(self) -> str | None:
@@ -38,6 +61,7 @@ class Contender:
         build: makes the layer around a copy of the problem's frozen linear.
         needs: modules that it imports, each with the attributes that it uses.
         half_only: whether it differs from its sibling only over half-precision weights.
+        alone: whether importing it changes other libraries, so that no other contender may run in its process.
     """
 
     name: str
@@ -46,6 +70,7 @@ class Contender:
     build: Callable[[Problem], Layer]
     needs: dict[str, tuple[str, ...]]
     half_only: bool
+    alone: bool
 
     def differs_in(self, dtype: str) -> bool:
         """Whether it is another contender than its sibling over weights of this dtype."""
@@ -66,17 +91,41 @@ class Contender:
 CONTENDERS: dict[str, Contender] = {}
 
 
+# The floor that every other contender is a ratio to.
+BASELINE = "frozen"
+
+
 def _contender(
-    name: str, label: str, update: Update, needs: dict[str, tuple[str, ...]] | None = None, half_only: bool = False
+    name: str,
+    label: str,
+    update: Update,
+    needs: dict[str, tuple[str, ...]] | None = None,
+    half_only: bool = False,
+    alone: bool = False,
 ) -> Callable[[Callable[[Problem], Layer]], Callable[[Problem], Layer]]:
     def register(build: Callable[[Problem], Layer]) -> Callable[[Problem], Layer]:
-        CONTENDERS[name] = Contender(name, label, update, build, needs or {}, half_only)
+        CONTENDERS[name] = Contender(name, label, update, build, needs or {}, half_only, alone)
         return build
 
     return register
 
 
-@_contender("frozen", "frozen nn.Linear", "none")
+def check_company(names: Sequence[str]) -> None:
+    """Refuse contenders that cannot run in one process.
+
+    Raises:
+        ValueError: one that must be alone has company other than the floor.
+    """
+    for name in names:
+        others = [other for other in names if other not in (name, BASELINE)]
+        if CONTENDERS[name].alone and others:
+            raise ValueError(
+                f"expected {name} with {BASELINE} alone, since importing it changes what others run; "
+                f"got {', '.join(others)} too"
+            )
+
+
+@_contender(BASELINE, "frozen nn.Linear", "none")
 def _frozen(problem: Problem) -> Layer:
     return Layer(_linear(problem))
 
@@ -118,7 +167,22 @@ def _lora_by_hand(problem: Problem) -> Layer:
         y: Tensor = _LoraByHand.apply(x, linear.weight, linear.bias, A, B)
         return y
 
-    return Layer(forward, {"dA": A, "dB": B})
+    return Layer(forward, {"dA": A, "dB": B}, (linear.weight, linear.bias))
+
+
+@_contender("unsloth_lora", "Unsloth's LoRA", "lora", {"unsloth": ()}, alone=True)
+def _unsloth_lora(problem: Problem) -> Layer:
+    from unsloth.kernels.fast_lora import LoRA_W
+
+    linear = _linear(problem)
+    A, B = _parameters(problem, "lora")
+
+    def forward(x: Tensor) -> Tensor:
+        # It takes a batch of sequences, and leaves a bias to its caller.
+        y: Tensor = LoRA_W.apply(x.unsqueeze(0), linear.weight, None, A, B, 1.0)
+        return y.squeeze(0) + linear.bias
+
+    return Layer(forward, {"dA": A, "dB": B}, (linear.weight, linear.bias))
 
 
 @_contender("formula", "formula, eager", "neat")
@@ -133,11 +197,30 @@ def _formula_compiled(problem: Problem) -> Layer:
 
 @_contender("peft_peanut", "PEFT PEANuT", "neat", {"peft": ("PeanutConfig",)})
 def _peft_peanut(problem: Problem) -> Layer:
+    return _stock_peanut(problem, accelerated=False)
+
+
+@_contender(
+    "accelerated",
+    "PEFT PEANuT, accelerated",
+    "neat",
+    {"peft": ("PeanutConfig",), "neat_kernels.integrations": ()},
+)
+def _accelerated(problem: Problem) -> Layer:
+    return _stock_peanut(problem, accelerated=True)
+
+
+def _stock_peanut(problem: Problem, accelerated: bool) -> Layer:
     import peft
 
     config = peft.PeanutConfig(r=problem.shape.r, depth=0, act_fn="relu", scaling=1.0, target_modules=["linear"])
     layer = _inject(problem, config, autocast_adapter_dtype=True)
-    return _with_adapter(layer, problem, "neat", layer.peanut_A["default"].weight, layer.peanut_B["default"].weight)
+    if accelerated:
+        from neat_kernels.integrations.peft import accelerate
+
+        accelerate(layer)
+    A, B = layer.peanut_A["default"].weight, layer.peanut_B["default"].weight
+    return dataclasses.replace(_with_adapter(layer, problem, "neat", A, B), caches=accelerated)
 
 
 def _stock_lora(problem: Problem, autocast_adapter_dtype: bool) -> Layer:
@@ -171,7 +254,17 @@ def _fused_neat(problem: Problem, adapter_dtype: torch.dtype | None) -> Layer:
         scaling=1.0,
         dtype=adapter_dtype,
     )
-    return _with_adapter(layer, problem, "neat", layer.neat_A, layer.neat_B)
+    built = _with_adapter(layer, problem, "neat", layer.neat_A, layer.neat_B)
+    return dataclasses.replace(built, caches=True, given=_with_features(layer, problem.dtype))
+
+
+def _with_features(layer: Any, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    import neat_kernels as nk
+
+    with torch.no_grad():
+        down = nk.functional.neat_features(layer.weight, layer.neat_A, activation="relu").to(dtype)
+        up = layer.neat_B.to(dtype)
+    return lambda x: nk.functional.low_rank_linear(x, layer.weight, down, up, layer.bias)
 
 
 def _with_adapter(
@@ -204,7 +297,8 @@ def _compiled_formula() -> Callable[..., Tensor]:
 def _by_formula(problem: Problem, formula: Callable[..., Tensor]) -> Layer:
     linear = _linear(problem)
     A, B = _parameters(problem, "neat")
-    return Layer(lambda x: formula(x, linear.weight, linear.bias, A, B), {"dA": A, "dB": B})
+    frozen = (linear.weight, linear.bias)
+    return Layer(lambda x: formula(x, *frozen, A, B), {"dA": A, "dB": B}, frozen)
 
 
 def _parameters(problem: Problem, update: Update) -> tuple[nn.Parameter, nn.Parameter]:

@@ -1,8 +1,8 @@
 """Where a result comes from: machine, versions, commit, date, command. Every result file carries it.
 
-python -m benchmarks.provenance                                  print it
-python -m benchmarks.provenance name                             the device's name, fit for a file name
-python -m benchmarks.provenance write FILE OUTCOME COMMAND...    a result file for a command that writes none
+python -m neat_kernels.bench.provenance                                  print it
+python -m neat_kernels.bench.provenance name                             the device's name, fit for a file name
+python -m neat_kernels.bench.provenance write FILE OUTCOME COMMAND...    a result file for a command that writes none
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from typing import Any
 import torch
 
 from neat_kernels._version import __version__
+from neat_kernels.finetune.files import write_atomically
 
-ROOT = Path(__file__).resolve().parent.parent
+# The folder that holds the package: the repository's, unless the package is installed.
+ROOT = Path(__file__).resolve().parent.parent.parent
 _PACKAGES = ("torch", "triton", "peft", "transformers", "numpy", "pytest", "pytest-benchmark")
 
 
@@ -68,11 +70,14 @@ def cpu_name() -> str:
 
 
 def write_json(path: Path, content: dict[str, Any], indent: int | None = 1) -> None:
-    """Write `content` to `path` under a temporary name first, so that a reader never meets half a file."""
+    """Write `content` to `path` under a temporary name first, so that a reader never meets half a file.
+
+    Lists of numbers stand on one line each: they are samples, of which there are many.
+    """
+    text = json.dumps(content, indent=indent, allow_nan=False)
+    text = re.sub(r"\[\n\s*(-?[\d.e+-]+(?:,\n\s*-?[\d.e+-]+)*)\n\s*\]", lambda m: f"[{' '.join(m[1].split())}]", text)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(content, indent=indent) + "\n")
-    partial.replace(path)
+    write_atomically(path, (text + "\n").encode())
 
 
 def _versions() -> dict[str, str | None]:
@@ -90,10 +95,14 @@ def _commit() -> str:
     given = os.environ.get("NEAT_KERNELS_COMMIT")
     if given:
         return given
+    # An installed package may lie inside another project's repository, whose commit says nothing of it.
+    top = _output("git", "-C", str(ROOT), "rev-parse", "--show-toplevel")
     head = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
-    if head is None:
+    if head is None or top is None or Path(top).resolve() != ROOT:
         return "unknown"
-    return head + ("+changes" if _output("git", "-C", str(ROOT), "status", "--porcelain") else "")
+    # Results that are written on the way change nothing that is measured.
+    changes = _output("git", "-C", str(ROOT), "status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
+    return head + ("+changes" if changes else "")
 
 
 def _output(*command: str) -> str | None:
