@@ -155,7 +155,7 @@ MUTATIONS = [
     Mutation("a share of S", "small_tokens.py", "shares, BLOCK_SHARES)", "shares - 1, BLOCK_SHARES)", (CROSSED,)),
     Mutation("a piece of y", "small_tokens.py", "* N, pieces, BLOCK", "* N, pieces - 1, BLOCK", (STACKED,)),
     Mutation(
-        "a share of dchain", "reduce.py", "also_size, also_pieces, 1.0", "also_size, also_pieces - 1, 1.0", (CROSSED,)
+        "a share of dchain", "reduce.py", "also_pieces, also_scaling,", "also_pieces - 1, also_scaling,", (CROSSED,)
     ),
     Mutation(
         "σ' in dA",
