@@ -131,6 +131,21 @@ def test_a_chain_makes_it_twelve_launches_whatever_its_depth(plan, orientation):
         assert len(launches) + len(torch_side) == expected
 
 
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+@pytest.mark.parametrize(
+    ("frozen", "out", "in_"),
+    [(["A"], 1, 1), (["B"], 1, 1), (["encoders.0", "decoders.0"], 1, 1), (["A", "encoders.0", "decoders.0"], 0, 1)],
+    ids=["A", "B", "chain", "A and chain"],
+)
+def test_what_is_left_of_the_sums_is_one_launch(plan, orientation, frozen, out, in_):
+    """Of dA or of dchain, with that of dB beside it for "in"; of the latter alone where nothing else is trained."""
+    case = case_of(orientation=orientation, depth=1, activation="tanh")
+    with capture("sm_90") as launches, Launches():
+        evaluate(nk.functional.neat_linear, case, frozen=("bias", *frozen), backend="triton")
+    sums = [launch.kernel for launch in launches].count("reduce._reduce_kernel")
+    assert sums == {"out": out, "in": in_}[orientation]
+
+
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
 @pytest.mark.parametrize("transposed", [False, True])
@@ -201,6 +216,7 @@ def test_another_number_of_tokens_compiles_nothing(plan, target):
             launches.clear()
             with Launches():
                 training_step(case_of(tokens=tokens))
+                training_step(case_of(tokens=tokens, depth=1, activation="tanh"))
             compiled[tokens] = {(launch.kernel, launch.compiled.hash) for launch in launches}
     for batches in (many, few):
         # Fewer, where a reduction over fewer tokens is a single piece.
