@@ -94,9 +94,10 @@ WEIGHT_SIDE = {
         "features._project_kernel": 1,
         "features._chain_forward_kernel": 1,
         "features_backward._weight_kernel": 1,
-        "reduce._reduce_kernel": 2,
+        "reduce._reduce_kernel": 1,
     },
 }
+ALL = {"out": 11, "in": 10}
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -108,7 +109,7 @@ def test_launches_of_a_training_step(plan, orientation, dropout):
     assert counted == Counter(TOKEN_SIDE | BASE_GEMMS[plan]) + Counter(WEIGHT_SIDE[orientation, 0])
     # cuBLAS runs twice; nothing else of torch's runs, but the draw of a dropout seed.
     assert torch_side == (["randint"] if dropout else []) + (["addmm_", "addmm_"] if plan == "cublas" else [])
-    assert len(launches) + torch_side.count("addmm_") == 11
+    assert len(launches) + torch_side.count("addmm_") == ALL[orientation]
 
 
 def test_launches_with_features_given(plan):
@@ -123,10 +124,26 @@ def test_launches_with_features_given(plan):
 
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
-def test_a_chain_adds_its_stack_and_its_backward_whatever_its_depth(plan, orientation):
-    for depth, expected in ((0, 11), (1, 13), (3, 13)):
+def test_a_chain_makes_it_twelve_launches_whatever_its_depth(plan, orientation):
+    """Its stack and its backward, which for "out" adds the partial sums of dH and spares their own launch."""
+    for depth, expected in ((0, ALL[orientation]), (1, 12), (3, 12)):
         launches, torch_side = observe(case_of(orientation=orientation, depth=depth, activation="tanh"))
         assert len(launches) + len(torch_side) == expected
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+@pytest.mark.parametrize(
+    ("frozen", "out", "in_"),
+    [(["A"], 1, 1), (["B"], 1, 1), (["encoders.0", "decoders.0"], 1, 1), (["A", "encoders.0", "decoders.0"], 0, 1)],
+    ids=["A", "B", "chain", "A and chain"],
+)
+def test_what_is_left_of_the_sums_is_one_launch(plan, orientation, frozen, out, in_):
+    """Of dA or of dchain, with that of dB beside it for "in"; of the latter alone where nothing else is trained."""
+    case = case_of(orientation=orientation, depth=1, activation="tanh")
+    with capture("sm_90") as launches, Launches():
+        evaluate(nk.functional.neat_linear, case, frozen=("bias", *frozen), backend="triton")
+    sums = [launch.kernel for launch in launches].count("reduce._reduce_kernel")
+    assert sums == {"out": out, "in": in_}[orientation]
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
@@ -199,6 +216,7 @@ def test_another_number_of_tokens_compiles_nothing(plan, target):
             launches.clear()
             with Launches():
                 training_step(case_of(tokens=tokens))
+                training_step(case_of(tokens=tokens, depth=1, activation="tanh"))
             compiled[tokens] = {(launch.kernel, launch.compiled.hash) for launch in launches}
     for batches in (many, few):
         # Fewer, where a reduction over fewer tokens is a single piece.

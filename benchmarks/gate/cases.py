@@ -17,7 +17,9 @@ from neat_kernels.kernels.configs import NARROW
 from neat_kernels.kernels.dgrad import dgrad
 from neat_kernels.kernels.down import down
 from neat_kernels.kernels.down_backward import down_backward
+from neat_kernels.kernels.features_backward import through_chain
 from neat_kernels.kernels.merge import merge
+from neat_kernels.kernels.reduce import Parts
 from neat_kernels.kernels.small_tokens import down_partial, finish_tokens
 from neat_kernels.kernels.up_backward import up_backward
 from neat_kernels.plan import most_of_a_small_batch
@@ -107,6 +109,8 @@ def _features(
     chain = torch.empty(2 * depth, r, r) if depth else None
     H, Z = features.forward(W, A, chain, orientation, "sin2pi")
     features.backward(H, W, Z, chain, orientation, "sin2pi", torch.float32, chain is not None)
+    if chain is not None and orientation == "out":
+        through_chain(Parts(torch.empty(8, *Z.shape), 1.0), Z, chain, "sin2pi", True)
 
 
 def _small(dtype: torch.dtype, r: int, adapter_dtype: torch.dtype = torch.float32) -> None:

@@ -1,7 +1,8 @@
 """The down stage backward: dD = x̃ᵀ·dS, x̃ = x ∘ mask / (1 - p) under dropout, else x.
 
 x [M,K], dS [M,r] in the branch dtype → dD [K,r]. Reads x once. Two ordered stages: partial sums fp32 [pieces,K,r] over
-pieces of the tokens, then their sum; a single piece in fp32, without a mask, is dD itself.
+pieces of the tokens, then their sum, which a kernel that runs anyway may take; a single piece in fp32, without a mask,
+is dD itself.
 """
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from neat_kernels.kernels import launch
 from neat_kernels.kernels.bound import Bound, prepared
-from neat_kernels.kernels.reduce import reduce
+from neat_kernels.kernels.reduce import Parts
 from neat_kernels.kernels.skinny import tall_times_narrow
 from neat_kernels.kernels.tiles import narrow_tile
 from neat_kernels.torch_backend.dropout import threshold
@@ -48,12 +49,16 @@ def _down_backward_kernel(
 
 def down_backward(x: Tensor, dS: Tensor, seed: Tensor | None, dropout: float, dtype: torch.dtype) -> Tensor:
     """dD [K,r] in `dtype`, from a contiguous dS."""
+    return down_backward_parts(x, dS, seed, dropout).total(dtype)
+
+
+def down_backward_parts(x: Tensor, dS: Tensor, seed: Tensor | None, dropout: float) -> Parts:
+    """dD in partial sums [pieces,K,r], from a contiguous dS."""
     (M, K), r = x.shape, dS.shape[1]
     pieces, bound = _prepare(launch.target(x.device), M, K, x.stride(), r, dS.element_size(), seed is not None, dropout)
-    whole = pieces == 1 and dtype == torch.float32 and seed is None
-    partial = x.new_empty((K, r) if whole else (pieces, K, r), dtype=torch.float32)
+    partial = x.new_empty((pieces, K, r), dtype=torch.float32)
     bound(x, dS, partial, seed)
-    return partial if whole else reduce(partial, x.new_empty((K, r), dtype=dtype), 1.0 / (1.0 - dropout))
+    return Parts(partial, 1.0 / (1.0 - dropout))
 
 
 @prepared

@@ -106,9 +106,7 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """dA [r,N] or [r,K] in `dA_dtype` and dchain in the chain's dtype; empty where it is not needed."""
     with launch.on(dH.device):
-        chain = None if chain is None else chain.contiguous()
-        W = weight.t() if weight is not None and orientation == "in" else weight
-        return features_backward(dH, W, Z.contiguous(), chain, activation, dA_dtype, need_dchain)
+        return features_backward(dH, weight, Z, chain, orientation, activation, dA_dtype, need_dchain)
 
 
 def feature_dtype(weight: Tensor, A: Tensor) -> torch.dtype:

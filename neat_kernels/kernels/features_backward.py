@@ -4,6 +4,7 @@ dA = (W·dZ)ᵀ [r,N] (out) or dZᵀ·W [r,K] (in);  dH, Z fp32 [rows,r];  chain
 
 Without a chain dZ = dH∘σ'(Z) is taken on the fly and never stored. With one, a first kernel writes dZ and, a block of
 rows at a time, partial sums of dchain; programs of the kernel for dA add them, or the ordered sum where A is frozen.
+That kernel reads dH once, and so may get it in partial sums; the one for dA reads it in every program.
 """
 
 import torch
@@ -14,12 +15,12 @@ from torch import Tensor
 from neat_kernels.kernels import launch
 from neat_kernels.kernels.bound import Bound, prepared
 from neat_kernels.kernels.chain import chain_backward
-from neat_kernels.kernels.reduce import BLOCK, block_pieces, reduce, sum_block
+from neat_kernels.kernels.reduce import BLOCK, Parts, Sum, block_pieces, ordered_sum, reduce, sum_block
 from neat_kernels.kernels.skinny import tall_times_narrow
 from neat_kernels.kernels.tiles import narrow_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pieces"])
 def _chain_backward_kernel(
     dh_ptr,
     z_ptr,
@@ -28,11 +29,14 @@ def _chain_backward_kernel(
     dchain_ptr,
     trace_ptr,
     rows,
+    pieces,
     stride_dhm,
     stride_dhr,
+    scaling,
     R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCK_PIECES: tl.constexpr,
     ACTIVATION: tl.constexpr,
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -42,8 +46,9 @@ def _chain_backward_kernel(
     offs_m = pid * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = tl.arange(0, BLOCK_R)
     offs, mask = narrow_tile(offs_m, rows, R, BLOCK_R)
-    dh_ptrs = dh_ptr + offs_m.to(tl.int64)[:, None] * stride_dhm + offs_r[None, :] * stride_dhr
-    dh = tl.load(dh_ptrs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_R]
+    offs_dh = offs_m.to(tl.int64)[:, None] * stride_dhm + offs_r[None, :] * stride_dhr
+    plane = tl.cast(rows, tl.int64) * R
+    dh = ordered_sum(dh_ptr, offs_dh, mask, plane, pieces, BLOCK_PIECES) * scaling  # [BLOCK_M, BLOCK_R]
     z = tl.load(z_ptr + offs, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_R]
     share_ptr = dchain_ptr
     if NEED_DCHAIN:
@@ -99,59 +104,81 @@ def _weight_kernel(
             sum_block(shares_ptr, dchain_ptr, pid - blocks, size, shares, 1.0, BLOCK, BLOCK_PIECES)
 
 
+# How many partial sums of dH there are, None where it is whole, the strides of its rows and columns, and the scaling.
+_OfDH = tuple[int | None, int, int, float]
+
+
 def features_backward(
-    dH: Tensor,
-    W: Tensor | None,
+    dH: Tensor | Parts,
+    weight: Tensor | None,
     Z: Tensor,
     chain: Tensor | None,
+    orientation: str,
     activation: str,
     dA_dtype: torch.dtype | None,
     need_dchain: bool,
+    left: Sum | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """dA = (W·dZ)ᵀ for W as stored (out) or transposed (in), and dchain; empty where it is not needed."""
-    through: str | None = activation
-    dZ, shares, dchain = dH, None, None
-    if chain is not None:
+    """dA and dchain, empty where they are not needed; takes the sum that another stage has left, too."""
+    Z, shares, dchain = Z.contiguous(), None, None
+    if chain is None:
+        dZ = dH.total(torch.float32) if isinstance(dH, Parts) else dH
+    else:
+        chain = chain.contiguous()
         dZ, shares = through_chain(dH, Z, chain, activation, need_dchain)
-        through = None
         dchain = torch.empty_like(chain) if need_dchain else None
-    dA = Z.new_empty(0)
+    dA, last = Z.new_empty(0), None
     if dA_dtype is not None:
-        assert W is not None
-        dA = _weight_gradient(dZ, W, Z, through, dA_dtype, shares, dchain)
+        assert weight is not None
+        W = weight.t() if orientation == "in" else weight
+        dA, last = _weight_gradient(dZ, W, Z, activation if chain is None else None, dA_dtype, shares, dchain)
     elif shares is not None:
         assert dchain is not None
-        reduce(shares, dchain)
+        last = Sum(shares, dchain)
+    reduce(left, last)
     return dA, Z.new_empty(0) if dchain is None else dchain
 
 
 def through_chain(
-    dH: Tensor, Z: Tensor, chain: Tensor, activation: str, need_dchain: bool
+    dH: Tensor | Parts, Z: Tensor, chain: Tensor, activation: str, need_dchain: bool
 ) -> tuple[Tensor, Tensor | None]:
     """dZ, and the share that every block of its rows has in dchain."""
     rows, r = Z.shape
     depth = chain.shape[0] // 2
-    blocks, bound = _prepare_chain(launch.target(Z.device), rows, r, dH.stride(), activation, depth, need_dchain)
+    if isinstance(dH, Parts):
+        given = dH.partial
+        of_dH: _OfDH = (given.shape[0], given.stride(1), given.stride(2), dH.scaling)
+    else:
+        given, of_dH = dH, (None, dH.stride(0), dH.stride(1), 1.0)
+    blocks, bound = _prepare_chain(launch.target(Z.device), rows, r, of_dH, activation, depth, need_dchain)
     dZ = torch.empty_like(Z)
     shares = Z.new_empty((blocks, *chain.shape)) if need_dchain else None
-    bound(dH, Z, chain, dZ, shares, Z.new_empty((2 * depth + 1, rows, r)))
+    bound(given, Z, chain, dZ, shares, Z.new_empty((2 * depth + 1, rows, r)))
     return dZ, shares
 
 
 @prepared
 def _prepare_chain(
-    place: launch.Target, rows: int, r: int, dh_stride: tuple[int, int], activation: str, depth: int, need_dchain: bool
+    place: launch.Target,
+    rows: int,
+    r: int,
+    of_dH: _OfDH,
+    activation: str,
+    depth: int,
+    need_dchain: bool,
 ) -> tuple[int, Bound]:
     """Blocks of rows, and the launch."""
     config = launch.config("chain", place, r, 4)
     blocks = launch.cdiv(rows, config.block_m)
+    pieces, *strides, scaling = of_dH
     return blocks, Bound(
         _chain_backward_kernel,
         (blocks,),
-        (rows, *dh_stride),
+        (rows, pieces or 1, *strides, scaling),
         R=r,
         BLOCK_M=config.block_m,
         BLOCK_R=launch.block_r(r),
+        BLOCK_PIECES=1 if pieces is None else block_pieces(config.block_m * launch.block_r(r)),
         ACTIVATION=activation,
         DEPTH=depth,
         PRECISION=launch.branch_precision(place),
@@ -168,8 +195,11 @@ def _weight_gradient(
     dtype: torch.dtype,
     shares: Tensor | None,
     dchain: Tensor | None,
-) -> Tensor:
-    """(W·(dZ∘σ'(Z)))ᵀ [r,rows] for W [rows,length]; dZ as it is where activation is None. Adds the shares of dchain."""
+) -> tuple[Tensor, Sum | None]:
+    """(W·(dZ∘σ'(Z)))ᵀ [r,rows] for W [rows,length], and the sum that is left of it; adds the shares of dchain.
+
+    dZ is taken as it is where activation is None.
+    """
     (rows, length), r = W.shape, dZ.shape[1]
     of_dchain = (0, 0) if dchain is None or shares is None else (dchain.numel(), shares.shape[0])
     strides = (*W.stride(), *dZ.stride())
@@ -177,7 +207,7 @@ def _weight_gradient(
     dA = W.new_empty((r, rows), dtype=dtype)
     partial = dA if pieces == 1 else W.new_empty((pieces, r, rows), dtype=torch.float32)
     bound(W, dZ, Z, partial, shares, dchain)
-    return dA if pieces == 1 else reduce(partial, dA)
+    return dA, None if pieces == 1 else Sum(partial, dA)
 
 
 @prepared

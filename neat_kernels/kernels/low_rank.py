@@ -15,7 +15,8 @@ from neat_kernels.kernels.apply import apply
 from neat_kernels.kernels.branch import Product
 from neat_kernels.kernels.dgrad import dgrad
 from neat_kernels.kernels.down import down
-from neat_kernels.kernels.down_backward import down_backward
+from neat_kernels.kernels.down_backward import down_backward_parts
+from neat_kernels.kernels.reduce import Parts
 from neat_kernels.kernels.up_backward import up_backward
 from neat_kernels.plan import gemm_plans
 from neat_kernels.torch_backend.low_rank import Branch, Needs
@@ -53,26 +54,45 @@ def backward(
     needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, ddown, dup and dbias; empty tensors stand for gradients that nobody asked for. No W: dx of the branch."""
-    dx, ddown = dy.new_empty(0), dy.new_empty(0)
+    ddown = None
     with launch.on(dy.device):
-        S = None if S is None else S.contiguous()
-        U = U if needs.dx or needs.ddown is not None else None
-        c = branch.compute_dtype or dy.dtype
-        product = None
-        if needs.dx and (weight is None or gemm_plans(branch.backend)[1] == "cublas"):
-            assert D is not None
-            product = Product(D, None, 1.0, dy.dtype, seed, branch.dropout)
-        dS, dup, dbias, onto = up_backward(dy, U, S, branch.scaling, c, needs.dup, needs.dbias, product)
-        if needs.dx and weight is None:
-            assert onto is not None
-            dx = onto
-        elif needs.dx:
-            assert weight is not None
-            assert D is not None
-            assert dS is not None
-            dx = dgrad(dy, weight.to(dy.dtype), dS, D, seed, branch.dropout, onto)
-        if needs.ddown is not None:
-            assert x is not None
-            assert dS is not None
-            ddown = down_backward(x, dS, seed, branch.dropout, needs.ddown)
-    return dx, ddown, dy.new_empty(0) if dup is None else dup, dy.new_empty(0) if dbias is None else dbias
+        dx, parts, dup, dbias = backward_in_parts(dy, x, weight, D, U, S, seed, branch, needs)
+        if parts is not None:
+            assert needs.ddown is not None
+            ddown = parts.total(needs.ddown)
+    dx, ddown, dup, dbias = (dy.new_empty(0) if gradient is None else gradient for gradient in (dx, ddown, dup, dbias))
+    return dx, ddown, dup, dbias
+
+
+def backward_in_parts(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    D: Tensor | None,
+    U: Tensor | None,
+    S: Tensor | None,
+    seed: Tensor | None,
+    branch: Branch,
+    needs: Needs,
+) -> tuple[Tensor | None, Parts | None, Tensor | None, Tensor | None]:
+    """dx, ddown in partial sums, dup and dbias, None where nobody asked; for a caller inside launch.on(dy.device)."""
+    dx, ddown, product = None, None, None
+    S = None if S is None else S.contiguous()
+    U = U if needs.dx or needs.ddown is not None else None
+    c = branch.compute_dtype or dy.dtype
+    if needs.dx and (weight is None or gemm_plans(branch.backend)[1] == "cublas"):
+        assert D is not None
+        product = Product(D, None, 1.0, dy.dtype, seed, branch.dropout)
+    dS, dup, dbias, onto = up_backward(dy, U, S, branch.scaling, c, needs.dup, needs.dbias, product)
+    if needs.dx and weight is None:
+        dx = onto
+    elif needs.dx:
+        assert weight is not None
+        assert D is not None
+        assert dS is not None
+        dx = dgrad(dy, weight.to(dy.dtype), dS, D, seed, branch.dropout, onto)
+    if needs.ddown is not None:
+        assert x is not None
+        assert dS is not None
+        ddown = down_backward_parts(x, dS, seed, branch.dropout)
+    return dx, ddown, dup, dbias

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from neat_kernels.kernels import launch
-from neat_kernels.kernels.down_backward import down_backward
+from neat_kernels.kernels.down_backward import down_backward_parts
 from neat_kernels.kernels.features import feature_dtype, finish_features
 from neat_kernels.kernels.features_backward import through_chain
-from neat_kernels.kernels.reduce import reduce
+from neat_kernels.kernels.neat import arrange_gradients
+from neat_kernels.kernels.reduce import Parts, Sum, reduce
 from neat_kernels.kernels.small_reads import Operands, read_once
 from neat_kernels.kernels.small_tokens import down_partial, finish_tokens
 from neat_kernels.kernels.up_backward import up_backward
@@ -75,25 +76,25 @@ def backward(
         S = None if S is None else S.contiguous()
         dS, dU, dbias, _ = up_backward(dy, U, S, branch.scaling, c, dU_dtype, dbias_dtype)
         assert dS is not None
-        dD = None
+        parts = None
         if dD_dtype is not None:
             assert x is not None
-            dD = down_backward(x, dS, seed, branch.dropout, dD_dtype)
-        dZ, dB = arrange(orientation, dD, dU)
-        assert dZ is not None
+            parts = down_backward_parts(x, dS, seed, branch.dropout)
+        dH, dB, left = arrange_gradients(orientation, parts, dU, dB_dtype)
+        assert dH is not None
+        dchain, of_dchain = None, None
         if chain is None:
-            given, shares = Operands(weight.t(), dy, dZ, Z, activation, torch.float32, crossed), None
+            dH = dH.total(Z.dtype) if isinstance(dH, Parts) else dH
+            given = Operands(weight.t(), dy, dH, Z, activation, torch.float32, crossed)
         else:
-            dZ, shares = through_chain(dZ, Z, chain.contiguous(), activation, need_dchain)
+            dZ, shares = through_chain(dH, Z, chain.contiguous(), activation, need_dchain)
             given = Operands(weight.t(), dy, dZ, None, None, torch.float32, crossed)
+            if shares is not None:
+                dchain = torch.empty_like(chain, memory_format=torch.contiguous_format)
+                of_dchain = Sum(shares, dchain)
         P, Q = read_once(given, transposed=True)
-        dA, dchain = dy.new_empty(Q.shape[1:], dtype=dA_dtype), None
-        if shares is None:
-            reduce(Q, dA)
-        else:
-            assert chain is not None
-            dchain = torch.empty_like(chain, memory_format=torch.contiguous_format)
-            reduce(Q, dA, also=(shares, dchain))
+        dA = dy.new_empty(Q.shape[1:], dtype=dA_dtype)
+        reduce(left, Sum(Q, dA), of_dchain)
         dx = finish_tokens(P, dS, None, D, None, 1.0, dy.dtype, seed, branch.dropout)
     dB, dchain, dbias = (dy.new_empty(0) if gradient is None else gradient for gradient in (dB, dchain, dbias))
     return dx, dA, dB, dchain, dbias

@@ -7,7 +7,7 @@ host code asks.
 from __future__ import annotations
 
 from neat_kernels.kernels import launch
-from neat_kernels.model.work import HALF, ITEMSIZE, Layer, Work, present
+from neat_kernels.model.work import HALF, ITEMSIZE, Layer, Sum, Work, present, reduce
 
 _F32 = 4
 
@@ -83,32 +83,28 @@ def finish(layer: Layer, target: launch.Target, pieces: int) -> Work:
     )
 
 
-def backward(layer: Layer, target: launch.Target) -> tuple[Work, ...]:
-    """dA and the gradient of the chain, from dH."""
+def backward(layer: Layer, target: launch.Target, dH: int, left: Sum | None) -> tuple[Work, ...]:
+    """dA and the gradient of the chain from so many bytes of dH, and a sum that the token side has left."""
     (length, rows), r, R = feature_rows(layer), layer.r, launch.block_r(layer.r)
     unit = precision_unit(target)
     # From here on W is [rows, length]: as stored for "out", transposed for "in".
     walk = launch.walk(rows, length, layer.orientation == "out", r, _F32, target)
     dZ = length * r * _F32
-    works, shares = through_chain(layer, target)
-    dchain = chain(layer)
+    works, shares = through_chain(layer, target, dH)
     dA = r * rows * layer.adapter_itemsize
     partial = dA if walk.pieces == 1 else walk.pieces * r * rows * _F32
     W = layer.out_features * layer.in_features * layer.itemsize
     weight = Work(
         "features_backward._weight_kernel",
         present(w_ptr=W, dh_ptr=dZ, z_ptr=None if layer.depth else dZ, shares_ptr=shares),
-        present(da_ptr=partial, dchain_ptr=dchain),
+        present(da_ptr=partial, dchain_ptr=chain(layer)),
         2 * rows * length * R,
         unit,
     )
-    if walk.pieces == 1:
-        return (*works, weight)
-    reduce = Work("reduce._reduce_kernel", {"partial_ptr": partial}, {"out_ptr": dA}, walk.pieces * r * rows, "fp32")
-    return (*works, weight, reduce)
+    return (*works, weight, *reduce(left, None if walk.pieces == 1 else Sum(partial, dA)))
 
 
-def through_chain(layer: Layer, target: launch.Target) -> tuple[tuple[Work, ...], int | None]:
+def through_chain(layer: Layer, target: launch.Target, dH: int) -> tuple[tuple[Work, ...], int | None]:
     """dZ and the shares of dchain, and the bytes of these; nothing without a chain."""
     if not layer.depth:
         return (), None
@@ -118,7 +114,7 @@ def through_chain(layer: Layer, target: launch.Target) -> tuple[tuple[Work, ...]
     shares = blocks * _chain_elements(layer) * _F32
     work = Work(
         "features_backward._chain_backward_kernel",
-        present(dh_ptr=dZ, z_ptr=dZ, chain_ptr=chain(layer), trace_ptr=trace),
+        present(dh_ptr=dH, z_ptr=dZ, chain_ptr=chain(layer), trace_ptr=trace),
         present(dz_ptr=dZ, dchain_ptr=shares, trace_ptr=trace),
         # Forward again, its products again for σ', dE and dh.
         2 * layer.depth * 4 * 2 * rows * R * R,

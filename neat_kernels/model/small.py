@@ -11,7 +11,7 @@ from neat_kernels.kernels import launch
 from neat_kernels.model import features, tokens
 from neat_kernels.model.features import feature_rows, precision_unit
 from neat_kernels.model.tokens import Tokens
-from neat_kernels.model.work import ITEMSIZE, Work, present
+from neat_kernels.model.work import ITEMSIZE, Sum, Work, present, reduce
 
 _F32 = 4
 # Operations in half precision that take as long as one in another unit: TF32 has half of the rate, and is done three
@@ -45,20 +45,19 @@ def forward(side: Tokens) -> tuple[Work, ...]:
 def backward(side: Tokens) -> tuple[Work, ...]:
     """up backward, down backward, the chain's, the read of W, the sum of dA, dx."""
     layer = side.layer
-    chain, shares = features.through_chain(layer, side.target)
+    down, dH, left = tokens.down_backward(side)
+    through_chain, shares = features.through_chain(layer, side.target, dH)
     rows, _ = feature_rows(layer)
     dZ = rows * layer.r * _F32
     narrow = present(f_ptr=dZ, z_ptr=None if layer.depth else dZ)
     read, P, pieces = _read(side, True, narrow, precision_unit(side.target))
     dA = read.writes["q_ptr"]
-    reduce = Work(
-        "reduce._reduce_kernel",
-        {"partial_ptr": dA} | present(also_partial_ptr=shares),
-        {"out_ptr": dA // pieces // _F32 * layer.adapter_itemsize} | present(also_out_ptr=features.chain(layer)),
-        dA // _F32,
-    )
+    of_dA = Sum(dA, dA // pieces // _F32 * layer.adapter_itemsize)
+    dchain = features.chain(layer)
+    of_dchain = None if shares is None or dchain is None else Sum(shares, dchain)
     dx = _finish(side, P, layer.in_features, {"q_ptr": side.factor("D")}, False)
-    return (*tokens.up_backward(side, "fused"), *tokens.down_backward(side), *chain, read, reduce, dx)
+    up = tokens.up_backward(side, "fused")
+    return (*up, *down, *through_chain, read, *reduce(left, of_dA, of_dchain), dx)
 
 
 def _read(side: Tokens, transposed: bool, narrow: dict[str, int], unit: str) -> tuple[Work, int, int]:

@@ -37,10 +37,16 @@ def training(layer: Layer, device: Device, plan: str) -> Step:
     if plan == "small":
         return Step(f"neat-kernels, {plan}", small.forward(side), small.backward(side))
     apply, dgrad = split_plan(plan)
+    down, dH, left = tokens.down_backward(side)
     return Step(
         f"neat-kernels, {plan}",
         features.forward(layer, target) + tokens.forward(side, apply),
-        tokens.backward(side, dgrad) + features.backward(layer, target),
+        (
+            *tokens.up_backward(side, dgrad),
+            tokens.dgrad(side, dgrad),
+            *down,
+            *features.backward(layer, target, dH, left),
+        ),
     )
 
 

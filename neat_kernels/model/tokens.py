@@ -15,7 +15,7 @@ from neat_kernels.kernels.branch import columns
 from neat_kernels.kernels.configs import Config
 from neat_kernels.model.features import precision_unit
 from neat_kernels.model.gemm import triton_efficiency
-from neat_kernels.model.work import HALF, Layer, Work, present
+from neat_kernels.model.work import HALF, Layer, Sum, Work, present, reduce
 
 _F32 = 4
 # The kernel of the fused plan and how it calls A, B and C, by how it loads them.
@@ -109,11 +109,6 @@ def accumulating(layer: Layer, sizes: tuple[int, int, int], reads: dict[str, int
     return Work("torch.addmm_", reads, {next(iter(reads)): M * N * layer.itemsize}, 2 * M * N * K, layer.dtype)
 
 
-def backward(side: Tokens, plan: str) -> tuple[Work, ...]:
-    """up backward, its finish, dgrad, down backward and its sum."""
-    return (*up_backward(side, plan), _dgrad(side, plan), *down_backward(side))
-
-
 def up_backward(side: Tokens, plan: str) -> tuple[Work, ...]:
     """dS and dU in partial sums and their sums; in plan cublas the product of dS too."""
     layer = side.layer
@@ -140,7 +135,8 @@ def up_backward(side: Tokens, plan: str) -> tuple[Work, ...]:
     return partial, Work("up_finish._finish_kernel", reads, writes, flops, side.unit)
 
 
-def _dgrad(side: Tokens, plan: str) -> Work:
+def dgrad(side: Tokens, plan: str) -> Work:
+    """dx."""
     layer = side.layer
     M, N, K = layer.tokens, layer.out_features, layer.in_features
     if plan == "fused":
@@ -149,8 +145,11 @@ def _dgrad(side: Tokens, plan: str) -> Work:
     return accumulating(layer, (M, K, N), operands)
 
 
-def down_backward(side: Tokens) -> tuple[Work, ...]:
-    """dD in partial sums and their sum, which a single piece in fp32 does without."""
+def down_backward(side: Tokens) -> tuple[tuple[Work, ...], int, Sum | None]:
+    """dD in partial sums, and for the features the bytes of dH and a sum that is left to them.
+
+    A kernel of the chain adds the partial sums of dH; a single one in fp32 is the sum.
+    """
     layer = side.layer
     M, K, r, R = layer.tokens, layer.in_features, layer.r, launch.block_r(layer.r)
     config = side.config("columns")
@@ -158,6 +157,7 @@ def down_backward(side: Tokens) -> tuple[Work, ...]:
     partial, dD = pieces * K * r * _F32, side.factor("D")
     reads = {"x_ptr": side.matrix(M, K), "ds_ptr": M * r * layer.itemsize}
     work = Work("down_backward._down_backward_kernel", reads, {"partial_ptr": partial}, 2 * M * K * R, side.unit)
-    if partial == dD:
-        return (work,)
-    return work, Work("reduce._reduce_kernel", {"partial_ptr": partial}, {"out_ptr": dD}, pieces * K * r)
+    left = None if partial == dD else Sum(partial, dD)
+    if layer.orientation == "in":
+        return (work,), side.factor("U"), left
+    return ((work,), partial, None) if layer.depth else ((work, *reduce(left)), dD, None)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import NamedTuple
 
 from neat_kernels.plan import MAX_R, most_of_a_small_batch
 from neat_kernels.vocabulary import ORIENTATIONS, check_choice, check_int
@@ -120,3 +122,24 @@ class Step:
 def present(**sizes: int | None) -> dict[str, int]:
     """The operands that are there: None stands for one that is not."""
     return {name: size for name, size in sizes.items() if size is not None}
+
+
+class Sum(NamedTuple):
+    """Partial sums in fp32 and what they add up to, in bytes."""
+
+    partial: int
+    out: int
+
+
+def reduce(*sums: Sum | None) -> tuple[Work, ...]:
+    """The launches that take the sums, two at a time; None is none."""
+    given = [one for one in sums if one is not None]
+    return tuple(
+        Work(
+            "reduce._reduce_kernel",
+            present(partial_ptr=first.partial, also_partial_ptr=None if also is None else also.partial),
+            present(out_ptr=first.out, also_out_ptr=None if also is None else also.out),
+            (first.partial + (0 if also is None else also.partial)) // ITEMSIZE["fp32"],
+        )
+        for first, also in zip_longest(given[::2], given[1::2])
+    )

@@ -16,7 +16,7 @@ from neat_kernels.ops.features import fake_features, fake_features_backward
 from neat_kernels.ops.low_rank import cast_tokens, fake_tokens
 from neat_kernels.ops.register import as_rows, implementation, refuse_trainable_weight, register, with_columns
 from neat_kernels.plan import is_small_batch
-from neat_kernels.torch_backend.low_rank import Branch, Needs
+from neat_kernels.torch_backend.low_rank import Branch
 from neat_kernels.vocabulary import arrange
 
 
@@ -100,21 +100,11 @@ def _neat_linear_backward(
             dA_dtype, dB_dtype, need_dchain, dbias_dtype,
         )  # fmt: skip
         return with_columns(dx, dy), *others
-    through_features = dA_dtype is not None or need_dchain
-    D, U = arrange(orientation, H, B)
-    of_factors = arrange(orientation, Z.dtype if through_features and Z is not None else None, dB_dtype)
-    needs = Needs(need_dx, *of_factors, dbias_dtype)
-    dx, dD, dU, dbias = implementation("low_rank", backend).backward(
-        rows_of_dy, rows_of_x, weight, D, U, S, seed, branch, needs
-    )
-    dH, dB = arrange(orientation, dD, dU)
-    dA, dchain = dy.new_empty(0), dy.new_empty(0)
-    if through_features:
-        assert Z is not None
-        dA, dchain = implementation("features", backend).backward(
-            dH, weight, Z, chain, orientation, activation, dA_dtype, need_dchain
-        )
-    return with_columns(dx, dy) if need_dx else dx, dA, dB, dchain, dbias
+    dx, *others = implementation("neat", backend).backward(
+        rows_of_dy, rows_of_x, weight, B, chain, S, H, Z, seed, orientation, activation, branch,
+        need_dx, dA_dtype, dB_dtype, need_dchain, dbias_dtype,
+    )  # fmt: skip
+    return with_columns(dx, dy) if need_dx else dx, *others
 
 
 def _fake_backward(

@@ -14,8 +14,10 @@ from neat_kernels.kernels.branch import Product
 from neat_kernels.kernels.configs import NARROW
 from neat_kernels.kernels.down import down
 from neat_kernels.kernels.down_backward import down_backward
+from neat_kernels.kernels.features_backward import through_chain
 from neat_kernels.kernels.gemm import gemm
 from neat_kernels.kernels.merge import merge_with_flags
+from neat_kernels.kernels.reduce import Parts
 from neat_kernels.kernels.small_reads import Operands, read_once
 from neat_kernels.kernels.small_tokens import down_partial, finish_tokens
 from neat_kernels.kernels.up_backward import up_backward
@@ -224,12 +226,15 @@ def _merge(t: Inputs) -> Call:
 
 
 def _chain(t: Inputs) -> Call:
+    """From dH in partial sums and from dH itself."""
     _, _, N = t.sizes
     dH, Z = (t.draw(N, t.r, dtype=torch.float32) for _ in range(2))
     chain = t.draw(2, t.r, t.r, dtype=torch.float32) / math.sqrt(t.r)
+    parts = Parts(t.draw(8, N, t.r, dtype=torch.float32), 1.0)
 
     def call() -> Sequence[Tensor]:
-        return features.backward(dH, None, Z, chain, "in", _ACTIVATION, None, True)
+        dZ, _ = through_chain(parts, Z, chain, _ACTIVATION, True)
+        return dZ, *features.backward(dH, None, Z, chain, "in", _ACTIVATION, None, True)
 
     return call
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from harness import DEVICE, interpreter_only, token_backend, use_multiprocessors
 
-from neat_kernels.kernels import features, low_rank
+from neat_kernels.kernels import features, low_rank, neat
 from neat_kernels.torch_backend.low_rank import Branch, Needs
 from neat_kernels.vocabulary import ORIENTATIONS
 
@@ -167,6 +167,38 @@ def test_features_backward_one_gradient_at_a_time(pieces, orientation, dA_dtype,
     rows = 299 if orientation == "out" else 43
     Z, dH, chain = randn(rows, 5), randn(5, rows).t(), randn(4, 5, 5)
     assert_guarded(features.backward, dH, weight, Z, chain, orientation, "gelu", dA_dtype, need_dchain)
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "need_dchain"),
+    [((F32, BF16), True), ((None, F32), True), ((None, F32), False)],
+    ids=["all", "dB and dchain", "dB"],
+)
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_both_sides_backward(pieces, orientation, depth, dtypes, need_dchain):
+    tokens, out_features, in_features, r = 523, 37, 13, 3
+    rows, columns = (in_features, out_features) if orientation == "out" else (out_features, in_features)
+    chain = randn(2 * depth, r, r) if depth else None
+    assert_guarded(
+        neat.backward,
+        randn(tokens, out_features, dtype=BF16),
+        randn(tokens, in_features, dtype=BF16),
+        randn(out_features, in_features, dtype=BF16),
+        randn(columns, r),
+        chain,
+        randn(tokens, r, dtype=BF16),
+        randn(rows, r),
+        randn(rows, r),
+        None,
+        orientation,
+        "sigmoid",
+        Branch(0.7, 0.0, None, "triton:fused:fused"),
+        False,
+        *dtypes,
+        need_dchain and depth > 0,
+        None,
+    )
 
 
 @triton.jit

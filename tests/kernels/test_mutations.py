@@ -19,6 +19,9 @@ DEEP = f"{NUMBERS}[True-2-in]"
 SLICES = "test_numbers.py::test_a_rank_wider_than_one_slice[out]"
 PIECES = "test_numbers.py::test_reductions_in_uneven_pieces"
 BANDS = "test_guard_bands.py::test_token_side_between_strided_inputs"
+LEFT = "test_guard_bands.py::test_both_sides_backward[many pieces-in-1-all]"
+SUMS = "test_sums.py::test_pieces_of_the_tokens"
+THREE = "test_sums.py::test_three_sums_of_their_own_sizes_dtypes_and_scalings"
 ONE_GRADIENT = "test_guard_bands.py::test_token_side_backward_one_gradient_at_a_time[many pieces"
 DROPOUT = "test_options.py::TestDropout::test_the_mask_is_the_references[torch.float32-0.5]"
 TOKENS = "test_descriptors.py::test_any_number_of_tokens[33]"
@@ -155,7 +158,18 @@ MUTATIONS = [
     Mutation("a share of S", "small_tokens.py", "shares, BLOCK_SHARES)", "shares - 1, BLOCK_SHARES)", (CROSSED,)),
     Mutation("a piece of y", "small_tokens.py", "* N, pieces, BLOCK", "* N, pieces - 1, BLOCK", (STACKED,)),
     Mutation(
-        "a share of dchain", "reduce.py", "also_size, also_pieces, 1.0", "also_size, also_pieces - 1, 1.0", (CROSSED,)
+        "a share of dchain", "reduce.py", "also_pieces, also_scaling,", "also_pieces - 1, also_scaling,", (CROSSED,)
+    ),
+    Mutation(
+        "a piece of dH",
+        "features_backward.py",
+        "plane, pieces, BLOCK_PIECES)",
+        "plane, pieces - 1, BLOCK_PIECES)",
+        (f"{SUMS}[fused-out-1-0.0-torch.float32]",),
+    ),
+    Mutation("a sum left for dB", "neat.py", "need_dchain, left", "need_dchain, None", (LEFT,)),
+    Mutation(
+        "scaling of a sum beside another", "reduce.py", "also_pieces, also_scaling,", "also_pieces, 1.0,", (THREE,)
     ),
     Mutation(
         "σ' in dA",
@@ -284,6 +298,13 @@ MUTATIONS = [
     Mutation("1 / (1 - p) in S", "down.py", "s = s * inv_keep", "s = s", (DROPOUT,)),
     Mutation(
         "1 / (1 - p) in dx", "gemm_descriptor.py", "self.scaling / (1.0 - self.dropout)", "self.scaling", (DROPOUT,)
+    ),
+    Mutation(
+        "1 / (1 - p) in dH",
+        "features_backward.py",
+        "pieces, BLOCK_PIECES) * scaling",
+        "pieces, BLOCK_PIECES)",
+        (f"{SUMS}[fused-out-1-0.5-torch.float32]",),
     ),
     Mutation("1 / (1 - p) in dD", "down_backward.py", "1.0 / (1.0 - dropout))", "1.0)", (DROPOUT,)),
     Mutation(
