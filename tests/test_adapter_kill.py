@@ -32,6 +32,7 @@ for line in sys.stdin:
                 nk.save_adapter(model, sys.argv[1], overwrite=True)
     print(child, flush=True)
     os.waitpid(child, 0)
+    models.reverse()
 """
 
 
@@ -50,8 +51,13 @@ def test_kill_at_any_moment(tmp_path):
     moments = random.Random(0)
     command = [sys.executable, "-c", CHILD, str(folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
-        kinds = set()
-        for _ in range(KILLS):
+        kinds, written = set(), False
+        for kill in range(4 * KILLS):
+            if kill >= KILLS:
+                if kinds == {"relu", "sin2pi"} and written:
+                    break
+                # A busy machine may have ended no save in time: the moments must reach further.
+                longest *= 1.05
             parent.stdin.write("\n")
             parent.stdin.flush()
             child = int(parent.stdout.readline())
@@ -62,9 +68,10 @@ def test_kill_at_any_moment(tmp_path):
             # The second kind is known from the first time that it was seen; from then on it must not change.
             assert torch.equal(logits(loaded, batch), good.setdefault(kind, logits(loaded, batch)))
             kinds.add(kind)
+            written = written or any(".writing-" in name for name in os.listdir(folder.parent))
         parent.stdin.close()
     assert kinds == {"relu", "sin2pi"}
-    assert any(".writing-" in name for name in os.listdir(folder.parent)), "no kill came while a folder was written"
+    assert written, "no kill came while a folder was written"
 
 
 def _skip_where_names_cannot_be_exchanged(tmp_path):
