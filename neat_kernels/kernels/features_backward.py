@@ -4,7 +4,7 @@ dA = (W·dZ)ᵀ [r,N] (out) or dZᵀ·W [r,K] (in);  dH, Z fp32 [rows,r];  chain
 
 Without a chain dZ = dH∘σ'(Z) is taken on the fly and never stored. With one, a first kernel writes dZ and, a block of
 rows at a time, partial sums of dchain; programs of the kernel for dA add them, or the ordered sum where A is frozen.
-That kernel reads dH once, and so may get it in partial sums; the one for dA reads it in every program.
+The first one reads dH once, and so adds partial sums of it on load; that for dA reads it in every program.
 """
 
 import torch

@@ -12,7 +12,9 @@ from neat_kernels.kernels.branch import Product
 from neat_kernels.kernels.dgrad import dgrad
 from neat_kernels.kernels.down import down
 from neat_kernels.kernels.down_backward import down_backward
+from neat_kernels.kernels.features_backward import through_chain
 from neat_kernels.kernels.merge import merge
+from neat_kernels.kernels.reduce import Parts
 from neat_kernels.kernels.up_backward import up_backward
 from neat_kernels.torch_backend.low_rank import Branch, Needs
 from neat_kernels.vocabulary import ORIENTATIONS
@@ -182,6 +184,15 @@ def test_features_read_the_weight_once_each_way(accesses, orientation, depth):
     assert (accesses.reads(t["W"]) == 2).all()
     assert (accesses.writes(dA) == 1).all()
     assert not depth or (accesses.writes(dchain) == 1).all()
+
+
+def test_the_chain_reads_partial_sums_of_dH_once(accesses):
+    _, interpreter = tensors()
+    parts = Parts(torch.randn(3, K, R), 2.0)
+    with interpreter:
+        dZ, _ = through_chain(parts, torch.randn(K, R), torch.randn(2, R, R), "gelu", True)
+    assert (accesses.reads(parts.partial) == 1).all()
+    assert (accesses.writes(dZ) == 1).all()
 
 
 @pytest.mark.parametrize("seed", [None, 5])
