@@ -80,7 +80,8 @@ def _backward(layer: Layer, unit: str) -> tuple[Work, ...]:
         _pass("copy_", K * r),
         _narrow(layer, "dy", M * N, M * r, r * N),
         _pass("copy_", N * r),
-        Work("torch.threshold_backward", {"Z": K * r * _F32, "dH": K * r * _F32}, {"dZ": K * r * _F32}),
+        Work("torch.gt", {"Z": K * r * _F32}, {"mask": K * r}),
+        Work("torch.where", {"mask": K * r, "dH": K * r * _F32}, {"dZ": K * r * _F32}),
         _narrow(layer, "W", N * K, K * r, N * r),
         _pass("copy_", N * r),
     )

@@ -39,7 +39,7 @@ def _sigmoid_backward(dh: Tensor, z: Tensor) -> Tensor:
 
 
 _TABLE: dict[str, Activation] = {
-    "relu": Activation(torch.relu, lambda dh, z: torch.ops.aten.threshold_backward(dh, z, 0.0)),
+    "relu": Activation(torch.relu, lambda dh, z: torch.where(z > 0, dh, 0.0)),
     "sin2pi": Activation(lambda z: _angle(z).sin_(), lambda dh, z: _angle(z).cos_().mul_(_TWO_PI).mul_(dh)),
     "sin": Activation(torch.sin, lambda dh, z: z.cos().mul_(dh)),
     "gelu": Activation(F.gelu, lambda dh, z: torch.ops.aten.gelu_backward(dh, z)),
