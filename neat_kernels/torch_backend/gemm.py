@@ -61,13 +61,14 @@ def scaled_(t: Tensor, scaling: float) -> Tensor:
 def transposed_times(a: Tensor, p: Tensor, wide: torch.dtype) -> Tensor:
     """pᵀ·a [r,K] in `wide`, the transpose of aᵀ·p, for a tall a [M,K] and a narrow p [M,r], with one read of a.
 
-    On a CPU in fp32 the transposed form is the faster of the two.
+    On a CPU in fp32 the transposed form is the faster of the two, but for many columns of p on several threads.
     """
     if _mm_wide(a, p):
         return torch.mm(p.t(), a, out_dtype=wide)
     p = p.to(wide)
     if a.dtype == wide:
-        return p.t() @ a
+        # Of 2048x2048 with 32 columns: 2.3 ms for 2.7 on two threads, but 4.6 for 3.5 on one (AMD EPYC with AVX-512).
+        return (a.t() @ p).t() if p.shape[1] >= 32 and torch.get_num_threads() > 1 else p.t() @ a
     out = a.new_zeros((p.shape[1], a.shape[1]), dtype=wide)
     for rows in row_blocks(a.shape[0], a.shape[1], wide.itemsize):
         out.addmm_(p[rows].t(), a[rows].to(wide))
