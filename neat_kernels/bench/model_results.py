@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from neat_kernels.bench.contenders import BASELINE, CONTENDERS
+from neat_kernels.result_file import read_result_file
 
 EXPECTED = "a result file of benchmarks.model_step"
 _LABELS = {BASELINE: "frozen model", "full": "full fine-tuning", "peft_lora_liger": "PEFT LoRA, Liger's kernels"}
@@ -54,15 +54,12 @@ def read_model_results(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is not there, or is not such a file.
     """
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: expected {EXPECTED}, got {error}") from error
-    try:
-        _ = content["provenance"]["device"], content["provenance"]["versions"]
-        _ = content["model"], content["targets"], content["dtype"], int(content["r"]), int(content["tokens"])
-        for name, one in content["summary"].items():
-            _ = label(name), [float(one[word]) for word in ("ms", "min", "max")], one["peak_bytes"], one["trained"]
-        return content
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: expected {EXPECTED}, got one without {error}") from error
+    return read_result_file(path, EXPECTED, _checked)
+
+
+def _checked(content: dict[str, Any]) -> dict[str, Any]:
+    _ = content["provenance"]["device"], content["provenance"]["versions"]
+    _ = content["model"], content["targets"], content["dtype"], int(content["r"]), int(content["tokens"])
+    for name, one in content["summary"].items():
+        _ = label(name), [float(one[word]) for word in ("ms", "min", "max")], one["peak_bytes"], one["trained"]
+    return content

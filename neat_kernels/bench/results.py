@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 from neat_kernels.bench.contenders import BASELINE
 from neat_kernels.bench.measure import MODES
 from neat_kernels.bench.shapes import LayerShape
+from neat_kernels.result_file import read_result_file
 
 Case = dict[str, Any]
 EXPECTED = "a result file of `neat-kernels bench` or benchmarks.layer_ratio"
@@ -40,18 +40,15 @@ def read_results(path: Path) -> Results:
     Raises:
         ValueError: it is not there, or is not such a file.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: expected {EXPECTED}, got {error}") from error
-    try:
-        cases = [{**case, "mode": case.get("mode", "training")} for case in content["cases"]]
-        for case in cases:
-            _check(case)
-        _ = content["provenance"]["device"], content["provenance"]["versions"]
-        return Results(content["provenance"], cases)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration) as error:
-        raise ValueError(f"{path}: expected {EXPECTED}, got one without {error}") from error
+    return read_result_file(path, EXPECTED, _results)
+
+
+def _results(content: dict[str, Any]) -> Results:
+    cases = [{**case, "mode": case.get("mode", "training")} for case in content["cases"]]
+    for case in cases:
+        _check(case)
+    _ = content["provenance"]["device"], content["provenance"]["versions"]
+    return Results(content["provenance"], cases)
 
 
 def _check(case: Case) -> None:

@@ -7,12 +7,12 @@ the device was busy, never higher.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from neat_kernels.bench.shapes import LayerShape
+from neat_kernels.result_file import read_result_file
 
 EXPECTED = "a result file of benchmarks.kernel_times"
 _ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -100,7 +100,7 @@ def read_roofline(paths: Sequence[Path]) -> Roofline:
     Raises:
         ValueError: a file is not one, or they are of different devices or dtypes, or have no kernel to show.
     """
-    contents = [_read(path) for path in paths]
+    contents = [read_result_file(path, EXPECTED, _checked) for path in paths]
     places = {(content["provenance"]["device"], content["dtype"]) for content in contents}
     if len(places) != 1:
         raise ValueError(f"expected kernel times of one device and dtype, got {sorted(places)}")
@@ -122,21 +122,14 @@ def read_roofline(paths: Sequence[Path]) -> Roofline:
     return Roofline(device, dtype, ceilings["copy bytes/s"], ceilings["bf16 GEMM FLOP/s"], points)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: expected {EXPECTED}, got {error}") from error
-    try:
-        _ = content["provenance"]["device"], _ITEMSIZE[content["dtype"]]
-        _ = [float(content["ceilings"][name]) for name in ("copy bytes/s", "bf16 GEMM FLOP/s")]
-        for case in content["cases"]:
-            LayerShape.parse(case["shape"])
-            _ = [(one["kernel"], float(one["launches"]), float(one["us"])) for one in case["kernels"]]
-            _ = case["contender"]
-        return content
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: expected {EXPECTED}, got one without {error}") from error
+def _checked(content: dict[str, Any]) -> dict[str, Any]:
+    _ = content["provenance"]["device"], _ITEMSIZE[content["dtype"]]
+    _ = [float(content["ceilings"][name]) for name in ("copy bytes/s", "bf16 GEMM FLOP/s")]
+    for case in content["cases"]:
+        LayerShape.parse(case["shape"])
+        _ = [(one["kernel"], float(one["launches"]), float(one["us"])) for one in case["kernels"]]
+        _ = case["contender"]
+    return content
 
 
 def _points(shape: LayerShape, contender: str, kernels: list[dict[str, Any]], itemsize: int) -> list[Point]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ from neat_kernels.model.cpu import measured_cpu, torch_backend
 from neat_kernels.model.devices import DEVICES, Device, reported_as
 from neat_kernels.model.predict import total
 from neat_kernels.model.work import HALF, Layer, Step
+from neat_kernels.result_file import read_result_file
 from neat_kernels.vocabulary import check_choice
 
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -47,20 +47,15 @@ def read_results(path: Path) -> Results:
     Raises:
         ValueError: it is not there, or is not such a file.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: expected a result file of benchmarks.layer_ratio, got {error}") from error
-    try:
-        cases = content["cases"]
-        for case in cases:
-            _layer(case, "frozen")
-            _ = (case["device"], int(case["threads"]), {name: float(ms) for name, ms in case["summary"]["ms"].items()})
-        return Results(content["provenance"]["device"], content["provenance"]["cpu_capability"], cases)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{path}: expected a result file of benchmarks.layer_ratio, got one without {error}"
-        ) from error
+    return read_result_file(path, "a result file of benchmarks.layer_ratio", _results)
+
+
+def _results(content: dict[str, Any]) -> Results:
+    cases = content["cases"]
+    for case in cases:
+        _layer(case, "frozen")
+        _ = (case["device"], int(case["threads"]), {name: float(ms) for name, ms in case["summary"]["ms"].items()})
+    return Results(content["provenance"]["device"], content["provenance"]["cpu_capability"], cases)
 
 
 def compare(results: Results, device_of: Callable[[dict[str, Any]], Device] | None = None) -> list[Compared]:
