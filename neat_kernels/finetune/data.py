@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from neat_kernels.finetune.settings import DATA_SUFFIXES, TEXT_SUFFIX, UsageError
 
@@ -48,8 +48,31 @@ class Split:
         return len(self.texts)
 
 
+class Splits:
+    """What the data of every task have: three splits."""
+
+    train: Any
+    validation: Any
+    test: Any
+
+    def sizes(self) -> dict[str, int]:
+        """Number of texts in each split."""
+        return {"train": len(self.train), "validation": len(self.validation), "test": len(self.test)}
+
+    def hashed(self) -> str:
+        """A hash of all that the splits hold, in its order."""
+        found = hashlib.sha256()
+        for split in (self.train, self.validation, self.test):
+            found.update(json.dumps(self.plain(split)).encode())
+        return found.hexdigest()
+
+    def plain(self, split: Any) -> list[Any]:
+        """A split as JSON has it."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class TextData:
+class TextData(Splits):
     """A classification task.
 
     Args:
@@ -68,16 +91,9 @@ class TextData:
     test: Split
     notes: tuple[str, ...] = field(default=())
 
-    def sizes(self) -> dict[str, int]:
-        """Number of texts in each split."""
-        return {"train": len(self.train), "validation": len(self.validation), "test": len(self.test)}
-
-    def hashed(self) -> str:
-        """A hash of all texts and labels, in their order."""
-        found = hashlib.sha256()
-        for split in (self.train, self.validation, self.test):
-            found.update(json.dumps([split.texts, split.labels]).encode())
-        return found.hexdigest()
+    def plain(self, split: Split) -> list[Any]:
+        """Texts and labels."""
+        return [split.texts, split.labels]
 
 
 def load_file(path: Path, columns: Columns) -> TextData:

@@ -7,17 +7,18 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from neat_kernels.finetune.data import (
     TEST_SHARE,
     VALIDATION_SHARE,
     Cells,
+    Splits,
     held_out_ends,
     read_cells,
     whole_text,
 )
-from neat_kernels.finetune.named_data import TEST, TRAIN, VALIDATION, cells_of, is_file, load_splits
+from neat_kernels.finetune.named_data import TEST, TRAIN, VALIDATION, cells_of, is_file, read_splits
 from neat_kernels.finetune.settings import DATA_SUFFIXES, TEXT_SUFFIX, Settings, UsageError
 
 LM_SUFFIXES = (TEXT_SUFFIX, *DATA_SUFFIXES)
@@ -58,7 +59,7 @@ class LmColumns:
 
 
 @dataclass(frozen=True)
-class LmData:
+class LmData(Splits):
     """A language-model task.
 
     Args:
@@ -75,16 +76,9 @@ class LmData:
     test: tuple[Document, ...]
     notes: tuple[str, ...] = field(default=())
 
-    def sizes(self) -> dict[str, int]:
-        """Number of texts in each split."""
-        return {"train": len(self.train), "validation": len(self.validation), "test": len(self.test)}
-
-    def hashed(self) -> str:
-        """A hash of all texts, in their order."""
-        found = hashlib.sha256()
-        for split in (self.train, self.validation, self.test):
-            found.update(json.dumps([digest(document) for document in split]).encode())
-        return found.hexdigest()
+    def plain(self, split: tuple[Document, ...]) -> list[Any]:
+        """A hash of each text."""
+        return [digest(document) for document in split]
 
 
 def load_documents(settings: Settings) -> LmData:
@@ -167,17 +161,10 @@ def _split(source: str, documents: list[Document], notes: tuple[str, ...]) -> Lm
 
 
 def _load_named(data: Path, columns: LmColumns) -> LmData:
-    name, found = load_splits(data)
-    parts = {
-        split: as_documents(f"{name}, {split}", cells_of(f"{name}, {split}", found[split], columns.options), columns)
-        for split in (TRAIN, VALIDATION, TEST)
-        if split in found
-    }
-    parts = {split: documents for split, documents in parts.items() if documents}
-    if TRAIN not in parts:
-        raise UsageError(f"--data {name}: expected rows in the split train, got none")
-    unread = [split for split in found if split not in parts]
-    notes: tuple[str, ...] = (f"splits that are not read: {', '.join(unread)}",) if unread else ()
+    def documents(where: str, rows: Any) -> list[Document]:
+        return as_documents(where, cells_of(where, rows, columns.options), columns)
+
+    name, parts, notes = read_splits(data, documents, "rows")
     train, repeated = without_repeated(parts[TRAIN])
     notes += repeated
     if len(parts) == 1:

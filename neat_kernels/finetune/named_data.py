@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from neat_kernels.finetune.data import (
     TEST_SHARE,
@@ -25,6 +25,8 @@ from neat_kernels.finetune.data import (
     split_rows,
 )
 from neat_kernels.finetune.settings import DATA_SUFFIXES, UsageError
+
+Item = TypeVar("Item")
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 # What a split is called whose labels are kept secret: every row has this one.
@@ -56,18 +58,40 @@ def load_named(data: Path, columns: Columns) -> TextData:
         UsageError: `datasets` is not installed or cannot load it, it has no training split or a column is not there, or
             a label is in validation or test that no training text has.
     """
-    name, found = load_splits(data)
-    parts = {split: rows for split in (TRAIN, VALIDATION, TEST) if split in found
-             and (rows := _rows(f"{name}, {split}", found[split], columns))}  # fmt: skip
-    if TRAIN not in parts:
-        raise UsageError(f"--data {name}: expected labelled rows in the split train, got none")
-    unread = [split for split in found if split not in parts]
-    notes: tuple[str, ...] = (f"splits that are not read: {', '.join(unread)}",) if unread else ()
+    name, parts, notes = read_splits(data, lambda where, rows: _rows(where, rows, columns), "labelled rows")
     unique, repeated = drop_repeated(parts[TRAIN])
     notes += repeated
     if len(parts) == 1:
         return split_rows(unique, source=name, validation=VALIDATION_SHARE, test=TEST_SHARE, notes=notes)
     return _with_its_splits(name, unique, parts, notes)
+
+
+def read_splits(
+    data: Path, read: Callable[[str, Any], list[Item]], what: str
+) -> tuple[str, dict[str, list[Item]], tuple[str, ...]]:
+    """The splits of a dataset that hold something, read.
+
+    Args:
+        data: the dataset, as --data names it.
+        read: from where rows are, in words, and the rows of a split to what they hold.
+        what: what a split is made of, in words.
+
+    Returns:
+        The dataset's name, what each of train, validation and test holds if anything, and notes of what is not read.
+
+    Raises:
+        UsageError: the dataset cannot be loaded or read, or has nothing to train on.
+    """
+    name, found = load_splits(data)
+    parts = {
+        split: items
+        for split in (TRAIN, VALIDATION, TEST)
+        if split in found and (items := read(f"{name}, {split}", found[split]))
+    }
+    if TRAIN not in parts:
+        raise UsageError(f"--data {name}: expected {what} in the split train, got none")
+    unread = [split for split in found if split not in parts]
+    return name, parts, (f"splits that are not read: {', '.join(unread)}",) if unread else ()
 
 
 def load_splits(data: Path) -> tuple[str, dict[str, Any]]:
