@@ -14,7 +14,8 @@ from torch import Tensor
 from neat_kernels.kernels import launch, low_rank
 from neat_kernels.kernels.features_backward import features_backward
 from neat_kernels.kernels.reduce import Parts, Sum, reduce
-from neat_kernels.torch_backend.low_rank import Branch, Needs
+from neat_kernels.torch_backend.low_rank import Branch
+from neat_kernels.torch_backend.neat import Wanted
 from neat_kernels.vocabulary import arrange
 
 
@@ -31,25 +32,21 @@ def backward(
     orientation: str,
     activation: str,
     branch: Branch,
-    need_dx: bool,
-    dA_dtype: torch.dtype | None,
-    dB_dtype: torch.dtype | None,
-    need_dchain: bool,
-    dbias_dtype: torch.dtype | None,
+    wanted: Wanted,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx, dA, dB, dchain and dbias; empty tensors stand for gradients that nobody asked for."""
     with launch.on(dy.device):
-        through_features = dA_dtype is not None or need_dchain
         D, U = arrange(orientation, H, B)
-        of_factors = arrange(orientation, Z.dtype if through_features and Z is not None else None, dB_dtype)
-        needs = Needs(need_dx, *of_factors, dbias_dtype)
+        needs = wanted.of_tokens(orientation, Z)
         dx, parts, dU, dbias = low_rank.backward_in_parts(dy, x, weight, D, U, S, seed, branch, needs)
-        dH, dB, left = arrange_gradients(orientation, parts, dU, dB_dtype)
+        dH, dB, left = arrange_gradients(orientation, parts, dU, wanted.dB)
         dA, dchain = None, None
-        if through_features:
+        if wanted.through_features:
             assert dH is not None
             assert Z is not None
-            dA, dchain = features_backward(dH, weight, Z, chain, orientation, activation, dA_dtype, need_dchain, left)
+            dA, dchain = features_backward(
+                dH, weight, Z, chain, orientation, activation, wanted.dA, wanted.dchain, left
+            )
         else:
             reduce(left)
     dx, dA, dB, dchain, dbias = (

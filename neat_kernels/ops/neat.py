@@ -17,6 +17,7 @@ from neat_kernels.ops.low_rank import cast_tokens, fake_tokens
 from neat_kernels.ops.register import as_rows, implementation, refuse_trainable_weight, register, with_columns
 from neat_kernels.plan import is_small_batch
 from neat_kernels.torch_backend.low_rank import Branch
+from neat_kernels.torch_backend.neat import Wanted
 from neat_kernels.vocabulary import arrange
 
 
@@ -102,7 +103,7 @@ def _neat_linear_backward(
         return with_columns(dx, dy), *others
     dx, *others = implementation("neat", backend).backward(
         rows_of_dy, rows_of_x, weight, B, chain, S, H, Z, seed, orientation, activation, branch,
-        need_dx, dA_dtype, dB_dtype, need_dchain, dbias_dtype,
+        Wanted(need_dx, dA_dtype, dB_dtype, need_dchain, dbias_dtype),
     )  # fmt: skip
     return with_columns(dx, dy) if need_dx else dx, *others
 

@@ -38,8 +38,8 @@ def rows_times(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
     if _mm_wide(a, b):
         return torch.mm(a, b, out_dtype=wide)
     b = b.to(wide)
-    if a.dtype == wide:
-        return a @ b
+    if a.numel() * wide.itemsize <= BLOCK_BYTES or a.dtype == wide:
+        return a.to(wide) @ b
     out = a.new_empty((a.shape[0], b.shape[1]), dtype=wide)
     for rows in row_blocks(a.shape[0], a.shape[1], wide.itemsize):
         torch.mm(a[rows].to(wide), b, out=out[rows])
@@ -47,9 +47,12 @@ def rows_times(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
 
 
 def rows_times_rounded(a: Tensor, b: Tensor, dtype: torch.dtype, scaling: float = 1.0) -> Tensor:
-    """scaling·a·b [M,r] rounded once to `dtype` from a wide sum, for a tall a [M,K] and a narrow b [K,r]."""
-    if a.dtype == b.dtype == dtype and multiplies_halves(a):
-        return torch.addmm(a.new_zeros(()), a, b, beta=0, alpha=scaling)
+    """scaling·a·b [M,r] rounded once to `dtype` from a wide sum, for a tall a [M,K] and a narrow b [K,r].
+
+    b has values of `dtype`, in it or in a wider one.
+    """
+    if a.dtype == dtype and multiplies_halves(a):
+        return torch.addmm(a.new_zeros(()), a, b.to(dtype), beta=0, alpha=scaling)
     return scaled_(rows_times(a, b, wide_dtype(a)), scaling).to(dtype)
 
 
@@ -99,9 +102,9 @@ def casts_blocks(device: torch.device, dtype: torch.dtype) -> bool:
 
 def multiplies_halves(a: Tensor) -> bool:
     """Whether narrow products with these tokens take a CPU's own half GEMM, which rounds its wide sum once."""
-    return (
-        a.dtype in HALF_DTYPES and a.device.type == "cpu" and a.shape[0] > FEW_TOKENS and half_gemm_is_native(a.dtype)
-    )
+    if a.shape[0] <= FEW_TOKENS:
+        return False
+    return a.dtype in HALF_DTYPES and a.device.type == "cpu" and half_gemm_is_native(a.dtype)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from harness import DEVICE, interpreter_only, token_backend, use_multiprocessors
 
 from neat_kernels.kernels import features, low_rank, neat
 from neat_kernels.torch_backend.low_rank import Branch, Needs
+from neat_kernels.torch_backend.neat import Wanted
 from neat_kernels.vocabulary import ORIENTATIONS
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -194,10 +195,7 @@ def test_both_sides_backward(pieces, orientation, depth, dtypes, need_dchain):
         orientation,
         "sigmoid",
         Branch(0.7, 0.0, None, "triton:fused:fused"),
-        False,
-        *dtypes,
-        need_dchain and depth > 0,
-        None,
+        Wanted(False, *dtypes, need_dchain and depth > 0, None),
     )
 
 
