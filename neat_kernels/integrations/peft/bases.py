@@ -65,6 +65,13 @@ def plain_weight(base: nn.Module) -> Tensor | None:
     return None if weight.is_meta or weight.ndim != 2 else as_matrix(weight, conv1d)
 
 
+def matrix_shape(base: Any) -> tuple[int, int]:
+    """N, K of a linear layer of any kind."""
+    if is_conv1d(base):
+        return base.weight.shape[1], base.weight.shape[0]
+    return base.out_features, base.in_features
+
+
 def is_only_called(base: nn.Module) -> bool:
     """Whether something hangs on the call of `base`, so that it must be called."""
     return "forward" in vars(base) or _has_hooks(base)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from neat_kernels import inference
 from neat_kernels.cache import FeatureCache
-from neat_kernels.integrations.peft.bases import is_hooked_part
+from neat_kernels.integrations.peft.bases import is_hooked_part, matrix_shape
 from neat_kernels.integrations.peft.branches import (
     Branch,
     Network,
@@ -73,9 +73,8 @@ class FusedLayer(nn.Module):
             return f"PEFT's own forward: {way}"
         base = self.get_base_layer()
         r, dtype = self._rank_and_dtype(names)
-        plan = make_plan(
-            self._settings().backend, x.device, autocast_dtype(x), dtype, r, _size(base, "in"), _size(base, "out")
-        )
+        out_features, in_features = matrix_shape(base)
+        plan = make_plan(self._settings().backend, x.device, autocast_dtype(x), dtype, r, in_features, out_features)
         if way.weight is None:
             return f"the base layer is called ({way.why}), the branch is added: backend={plan.backend}"
         return str(plan)
@@ -250,10 +249,3 @@ def hangs_on(*linears: nn.Module) -> str | None:
         if is_hooked_part(linear):
             return "hooks hang on a part of it"
     return None
-
-
-def _size(base: nn.Module, side: str) -> int:
-    named = getattr(base, f"{side}_features", None)
-    if named is not None:
-        return int(named)
-    return int(base.weight.shape[0 if side == "in" else 1])  # type: ignore[index]

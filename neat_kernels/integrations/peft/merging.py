@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neat_kernels.integrations.peft.bases import Packed, packed_weight, plain_weight
+from neat_kernels.integrations.peft.bases import Packed, packed_weight
 from neat_kernels.integrations.peft.packed_features import packed_features
 from neat_kernels.torch_backend.gemm import ieee_fp32
 
@@ -72,8 +72,7 @@ def device_of(base: nn.Module) -> torch.device:
 
 def packed_base(layer: Any) -> Packed | None:
     """The quantised W of a layer of PEFT, or None."""
-    base = layer.get_base_layer()
-    return None if plain_weight(base) is not None else packed_weight(base)
+    return packed_weight(layer.get_base_layer())
 
 
 def merge_from_original(layer: Any, names: Sequence[str], write: Callable[[Sequence[str]], None]) -> None:

@@ -16,6 +16,7 @@ from neat_kernels import reference
 from neat_kernels.base_layer import as_matrix, is_conv1d
 from neat_kernels.cache import FeatureCache
 from neat_kernels.functional import neat_features
+from neat_kernels.integrations.peft.bases import matrix_shape
 from neat_kernels.integrations.peft.branches import Network, Settings
 from neat_kernels.integrations.peft.fused import FusedNetworks, after_load, hangs_on
 from neat_kernels.integrations.peft.merging import device_of, merge_from_original, not_finite, original_base
@@ -43,7 +44,7 @@ class NeatLayer(BaseTunerLayer):
         self.options: dict[str, LayerOptions] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self.out_features, self.in_features = _sizes(self.get_base_layer())
+        self.out_features, self.in_features = matrix_shape(self.get_base_layer())
 
     def update_layer(
         self, adapter_name: str, options: LayerOptions, *, init_weights: bool = True, inference_mode: bool = False
@@ -219,10 +220,3 @@ def is_trained(base: nn.Module) -> bool:
     """Whether W takes part in autograd, as in the flat parameter that FSDP1 makes of a frozen W and what is trained."""
     weight = getattr(base, "weight", None)
     return isinstance(weight, Tensor) and weight.requires_grad
-
-
-def _sizes(base: Any) -> tuple[int, int]:
-    """N, K."""
-    if is_conv1d(base):
-        return base.weight.shape[1], base.weight.shape[0]
-    return base.out_features, base.in_features
