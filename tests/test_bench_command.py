@@ -47,6 +47,19 @@ def case_of(frozen, neat, **more):
     return {**facts, **more, "runs": runs, "summary": summarize(runs)}
 
 
+@pytest.fixture
+def measured_as(monkeypatch):
+    """Let every case be measured with this outcome of ours beside two sound processes of the frozen layer."""
+
+    def let(outcome):
+        made = case_of([1.0, 1.0], [2.0, 2.0])["runs"]
+        for one in made:
+            one["contenders"]["neat"] = outcome
+        monkeypatch.setattr(command, "fresh_processes", lambda cases, *rest, **more: [made for _ in cases])
+
+    return let
+
+
 def write(path, *cases, **facts):
     path.write_text(json.dumps({"provenance": {**FACTS, **facts}, "processes": 3, "cases": cases}))
     return path
@@ -72,16 +85,8 @@ def test_a_layer_is_measured_printed_and_written(tmp_path):
     assert [case["shape"] for case in read_results(tmp_path / "again.json").cases] == [c["shape"] for c in found.cases]
 
 
-def test_a_wrong_contender_is_not_timed_and_fails_the_command(tmp_path, monkeypatch):
-    wrong = {"status": "wrong", "reason": "relative error against float64: y 1.0e+00 (at most 1e-05)"}
-
-    def measured(cases, processes, deadline, told, quiet):
-        made = case_of([1.0, 1.0], [2.0, 2.0])["runs"]
-        for one in made:
-            one["contenders"]["neat"] = wrong
-        return [made for _ in cases]
-
-    monkeypatch.setattr(command, "fresh_processes", measured)
+def test_a_wrong_contender_is_not_timed_and_fails_the_command(tmp_path, measured_as):
+    measured_as({"status": "wrong", "reason": "relative error against float64: y 1.0e+00 (at most 1e-05)"})
     result = run("--shape", "8x16x24", "--r", 2, "--dtype", "fp32", "--json", "out.json")
     assert result.exit_code == 1
     assert "at most 1e-05" in result.output
@@ -97,16 +102,8 @@ def test_a_dtype_that_the_cpu_cannot_multiply_is_left_out_and_said(monkeypatch, 
     assert {case["dtype"] for case in read_results(tmp_path / "out.json").cases} == {"float32"}
 
 
-def test_who_takes_no_part_is_said(monkeypatch):
-    absent = {"status": "skipped", "reason": "peft is not installed"}
-
-    def measured(cases, processes, deadline, told, quiet):
-        made = case_of([1.0, 1.0], [2.0, 2.0])["runs"]
-        for one in made:
-            one["contenders"]["neat"] = absent
-        return [made for _ in cases]
-
-    monkeypatch.setattr(command, "fresh_processes", measured)
+def test_who_takes_no_part_is_said(measured_as):
+    measured_as({"status": "skipped", "reason": "peft is not installed"})
     result = run("--shape", "8x16x24", "--r", 2, "--dtype", "fp32", "--json", "out.json")
     assert result.exit_code == 0, result.output
     assert "neat-kernels took no part: peft is not installed" in result.output

@@ -231,17 +231,10 @@ def numbers(output):
 def test_ctrl_c_and_resume_reach_what_a_whole_run_does(folder, tmp_path):
     arguments = ["--method", "lora,neat", "--steps", "150", "--seed", "0,1"]
     assert run(folder, tmp_path / "whole", *arguments).exit_code == 0
-    command = [sys.executable, "-m", "neat_kernels", "finetune", "--model", folder / "model"]
-    command += ["--data", folder / "data.jsonl", "--output", tmp_path / "out", *SMALL, *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    with subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        # In the middle of the first training: its state is there, its result is not.
-        wait_for(tmp_path / "out" / "trials" / "lora-lr0.003-seed0.safetensors", process)
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130, errors
+    command = ["--model", folder / "model", "--data", folder / "data.jsonl", "--output", tmp_path / "out"]
+    # In the middle of the first training: its state is there, its result is not.
+    state = tmp_path / "out" / "trials" / "lora-lr0.003-seed0.safetensors"
+    errors = interrupted([*command, *SMALL, *arguments], state)
     assert "The same command with --resume goes on from there" in errors
     assert not (tmp_path / "out" / "results.json").exists()
     other = run(folder, tmp_path / "out", *arguments[:-1], "0,2", "--resume")
@@ -257,6 +250,20 @@ def test_ctrl_c_and_resume_reach_what_a_whole_run_does(folder, tmp_path):
     ):
         ours, whole = (load_file(tmp_path / run_ / name) for run_ in ("out", "whole"))
         assert all(torch.equal(ours[key], value) for key, value in whole.items())
+
+
+def interrupted(arguments, path):
+    """What `neat-kernels finetune`, stopped by Ctrl-C once a file is there, says on stderr."""
+    command = [sys.executable, "-m", "neat_kernels", "finetune", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        wait_for(path, process)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    return errors
 
 
 def wait_for(path, process):
