@@ -16,8 +16,8 @@ from torch import Tensor
 from neat_kernels.vocabulary import HALF_DTYPES, wide_dtype
 
 BLOCK_BYTES = 1 << 20
-# Up to so many tokens a half product of oneDNN, 13 µs at one token of 768 features, takes longer than casts and an
-# fp32 product, 3 µs (AMD EPYC with AVX-512).
+# Up to so many tokens a half product of oneDNN costs more to set up than casts and an fp32 product cost (AMD EPYC with
+# AVX-512).
 FEW_TOKENS = 16
 _mkldnn: Any = torch.backends.mkldnn
 
@@ -70,7 +70,7 @@ def transposed_times(a: Tensor, p: Tensor, wide: torch.dtype) -> Tensor:
         return torch.mm(p.t(), a, out_dtype=wide)
     p = p.to(wide)
     if a.dtype == wide:
-        # Of 2048x2048 with 32 columns: 2.3 ms for 2.7 on two threads, but 4.6 for 3.5 on one (AMD EPYC with AVX-512).
+        # The faster form from 32 columns on two threads, and on one the slower (AMD EPYC with AVX-512).
         return (a.t() @ p).t() if p.shape[1] >= 32 and torch.get_num_threads() > 1 else p.t() @ a
     out = a.new_zeros((p.shape[1], a.shape[1]), dtype=wide)
     for rows in row_blocks(a.shape[0], a.shape[1], wide.itemsize):
