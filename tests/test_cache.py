@@ -518,3 +518,15 @@ def test_threads_with_different_dtypes_get_their_own_factors(x):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.parametrize("given", [torch.zeros(5, IN, dtype=torch.float64), torch.zeros(5, IN + 1), torch.zeros(())])
+def test_a_hit_refuses_what_a_miss_refuses(given, x):
+    layer = make()
+    with pytest.raises(ValueError, match="x must") as missed:
+        layer(given)
+    with torch.no_grad():
+        layer(x)
+        with pytest.raises(ValueError, match="x must") as hit:
+            layer(given)
+    assert str(hit.value) == str(missed.value)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import neat_kernels as nk
+from neat_kernels.torch_backend.gemm import transposed_times
 
 N, K, R = 7, 9, 3
 
@@ -122,3 +123,14 @@ def test_sin2pi_of_width_r_reproduces_any_rank_r_product_over_a_wide_weight():
     A = (torch.linalg.pinv(weight) @ angle).t()
     got = update(weight, A, (scale * right).t(), "sin2pi")
     torch.testing.assert_close(got, left @ right, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("columns", [31, 32, 40])
+def test_a_narrow_product_is_the_same_in_either_form(columns, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    a, p = torch.randn(50, 23), torch.randn(50, columns)
+    exact = p.double().t() @ a.double()
+    got = transposed_times(a, p, torch.float32)
+    assert got.shape == (columns, 23)
+    assert (got - exact).norm() <= 1e-6 * exact.norm()

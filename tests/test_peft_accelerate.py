@@ -302,6 +302,14 @@ def test_the_cache_holds_no_longer_than_what_it_was_made_of(change):
     assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
+def test_training_drops_what_is_cached():
+    cached = Cached()
+    cached()
+    assert cached.up._neat_cache.factors is not None
+    cached.model.train()
+    assert cached.up._neat_cache.factors is None
+
+
 def test_active_adapters_have_caches_of_their_own():
     cached = Cached()
     cached.model.add_adapter("other", PeanutConfig(r=3, target_modules=["up"], init_weights=False))

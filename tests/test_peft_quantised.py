@@ -118,6 +118,16 @@ def test_nothing_dequantised_is_kept_for_backward(kind):
     assert max(saved) < N * K
 
 
+@pytest.mark.parametrize("orientation", ["out", "in"])
+@pytest.mark.parametrize("kind", BASES)
+def test_the_update_is_that_of_float64(kind, orientation):
+    _, layer, options = neat_layer(kind, orientation)
+    # The branch of the unit vectors is ΔWᵀ.
+    delta, _, _ = exact(layer, options, BASES[kind].weight(layer.base_layer), torch.eye(K), torch.zeros(K, N))
+    got = layer.get_delta_weight("default")
+    assert (got - delta.t()).norm() <= 1e-5 * delta.norm()
+
+
 @pytest.mark.parametrize("kind", BASES)
 def test_merges_into_the_quantised_weight_and_restores_the_very_tensor(kind):
     model, layer, _ = neat_layer(kind)

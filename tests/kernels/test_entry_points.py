@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from budget import evaluate
+from counting import CountOps
 from harness import DEVICE, TINY, draw, fused, interpreter_only, token_backend
 from torch import nn
 
@@ -122,6 +123,14 @@ class TestLayer:
         layer = nk.FusedNeatLinear.from_linear(linear, r=3, backend="triton")
         x = randn(5, 12)
         torch.testing.assert_close(layer(x), linear(x))
+
+    def test_cached_features_are_answered_by_the_kernels(self):
+        layer, x = make().eval(), randn(5, 12)
+        with torch.no_grad():
+            layer(x)
+            with CountOps() as ops:
+                layer(x)
+        assert ops.arguments["low_rank_linear"][0][-1].startswith("triton")
 
     def test_the_cache_of_eval_and_its_end(self, monkeypatch):
         layer, x = make().eval(), randn(5, 12)

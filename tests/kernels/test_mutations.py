@@ -167,7 +167,7 @@ MUTATIONS = [
         "plane, pieces - 1, BLOCK_PIECES)",
         (f"{SUMS}[fused-out-1-0.0-torch.float32]",),
     ),
-    Mutation("a sum left for dB", "neat.py", "need_dchain, left", "need_dchain, None", (LEFT,)),
+    Mutation("a sum left for dB", "neat.py", "wanted.dchain, left", "wanted.dchain, None", (LEFT,)),
     Mutation(
         "scaling of a sum beside another", "reduce.py", "also_pieces, also_scaling,", "also_pieces, 1.0,", (THREE,)
     ),
