@@ -55,6 +55,7 @@ def _cases() -> Iterator[Case]:
             yield Case(f"features depth 1 {name} r={r}", functools.partial(features, depth=1))
             yield Case(f"features depth 2 {name} r={r}", functools.partial(features, depth=2))
             yield Case(f"features in depth 2 {name} r={r}", functools.partial(features, orientation="in", depth=2))
+            yield Case(f"features frozen chain {name} r={r}", functools.partial(_frozen_chain, dtype, r))
     yield from _small_cases()
 
 
@@ -111,6 +112,16 @@ def _features(
     features.backward(H, W, Z, chain, orientation, "sin2pi", torch.float32, chain is not None)
     if chain is not None and orientation == "out":
         through_chain(Parts(torch.empty(8, *Z.shape), 1.0), Z, chain, "sin2pi", True)
+
+
+def _frozen_chain(dtype: torch.dtype, r: int) -> None:
+    """What the backward launches where A is trained and the chain is not."""
+    W, Z, dH = torch.empty(_N, _K, dtype=dtype), torch.empty(_N, r), torch.empty(_N, r)
+    for depth in (1, 2):
+        chain = torch.empty(2 * depth, r, r)
+        for orientation in ("out", "in"):
+            features.backward(dH, W, Z, chain, orientation, "sin2pi", torch.float32, False)
+        through_chain(Parts(torch.empty(8, *Z.shape), 1.0), Z, chain, "sin2pi", False)
 
 
 def _small(dtype: torch.dtype, r: int, adapter_dtype: torch.dtype = torch.float32) -> None:
@@ -252,8 +263,9 @@ def _chain(launch: Launch) -> Expectations:
 
 
 def _chain_backward(launch: Launch) -> Expectations:
-    """The gradient of the chain accumulates in BLOCK_R rows."""
-    heights = (launch.arguments["BLOCK_M"], launch.arguments["BLOCK_R"])
+    """The gradient of the chain, where it is needed, accumulates in BLOCK_R rows."""
+    names = ("BLOCK_M", "BLOCK_R") if launch.arguments["NEED_DCHAIN"] else ("BLOCK_M",)
+    heights = [launch.arguments[name] for name in names]
     return Expectations(_both(*(_matrix(launch, "tf32", rows) for rows in heights)))
 
 

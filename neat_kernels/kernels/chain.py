@@ -29,7 +29,8 @@ def _times_square(
     PRECISION: tl.constexpr,
 ):
     """h·E [BLOCK_M, BLOCK_R] for h [rows,r] in memory and an r×r matrix, transposed by its strides; zero beyond r."""
-    SLICE_R: tl.constexpr = min(BLOCK_R, 32)
+    # 32 columns at r = 128 spill up to 32 bytes a thread where dchain is not needed (sm_80, python -m benchmarks.gate).
+    SLICE_R: tl.constexpr = 16 if BLOCK_R == 128 else min(BLOCK_R, 32)
     offs_r = tl.arange(0, BLOCK_R)
     acc = tl.zeros((offs_m.shape[0], BLOCK_R), tl.float32)  # [BLOCK_M, BLOCK_R]
     for start in tl.range(0, BLOCK_R, SLICE_R, num_stages=1):

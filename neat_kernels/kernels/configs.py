@@ -75,7 +75,12 @@ CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
     },
     "rows fp32": {
         "default": {32: Config(32, 0, 64, 4, 3), 128: Config(32, 0, 32, 4, 2)},
-        "sm_90": {16: Config(128, 0, 64, 8, 4), 32: Config(64, 0, 64, 4, 4), 128: Config(32, 0, 32, 4, 2)},
+        "sm_90": {
+            16: Config(128, 0, 64, 8, 4),
+            32: Config(64, 0, 64, 4, 4),
+            64: Config(32, 0, 32, 4, 2),
+            128: Config(64, 0, 32, 8, 2),
+        },
         "gfx942": {32: Config(32, 0, 64, 4, 2), 128: Config(32, 0, 64, 4, 1)},
     },
     # The same for S, with tiles of block_n columns of a product of S that follows.
