@@ -125,7 +125,7 @@ CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
             16: Config(128, 0, 64, 8, 3),
             32: Config(64, 0, 64, 4, 3),
             64: Config(32, 0, 32, 4, 1),
-            128: Config(32, 0, 32, 4, 2),
+            128: Config(32, 0, 32, 4, 3),
         },
         "sm_100": {32: Config(64, 0, 32, 8, 3), 128: Config(32, 0, 32, 4, 2)},
         "sm_120": {
