@@ -62,7 +62,7 @@ def test_several_ragged_tiles_in_every_dimension(low_rank_first, depth, orientat
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
 def test_a_rank_wider_than_one_slice(orientation):
-    check(draw(5, 13, 11, 100, orientation=orientation, depth=1))
+    check(draw(5, 13, 11, 120, orientation=orientation, depth=1))
 
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
