@@ -61,7 +61,7 @@ def rows_times(a: Tensor, b: Tensor) -> Tensor:
     """
     if a.stride(1) != 1:
         return transposed_times(a.t(), b).t().contiguous()
-    out = torch.empty((a.shape[0], b.shape[1]), dtype=torch.float32)
+    out = a.new_empty((a.shape[0], b.shape[1]), dtype=torch.float32)
     _run(_library().rows_times, a, b, out)
     return out
 
@@ -78,7 +78,7 @@ def transposed_times(a: Tensor, p: Tensor) -> Tensor:
     """
     if a.stride(1) != 1:
         return rows_times(a.t(), p).t().contiguous()
-    out = torch.empty((p.shape[1], a.shape[1]), dtype=torch.float32)
+    out = a.new_empty((p.shape[1], a.shape[1]), dtype=torch.float32)
     _run(_library().transposed_times, a, p, out)
     return out
 

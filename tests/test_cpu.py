@@ -129,6 +129,15 @@ def test_what_is_not_finite_spoils_its_own_sums_alone(function):
 
 @needs_csrc
 @pytest.mark.parametrize("function", [cpu.rows_times, cpu.transposed_times])
+def test_results_are_where_the_operands_are(function):
+    a, narrow = torch.randn(40, 40), torch.randn(40, 20)
+    with torch.device("meta"):
+        got = function(a, narrow)
+    assert torch.equal(got, function(a, narrow))
+
+
+@needs_csrc
+@pytest.mark.parametrize("function", [cpu.rows_times, cpu.transposed_times])
 def test_a_sum_does_not_depend_on_the_number_of_threads(function):
     a, narrow = torch.randn(530, 700), torch.randn(530 if function is cpu.transposed_times else 700, 20)
     before = torch.get_num_threads()
