@@ -9,7 +9,7 @@ import torch
 from budget import assert_within_budget, draw_case, evaluate
 
 import neat_kernels as nk
-from neat_kernels import cpu
+from neat_kernels import cpu, selfcheck
 from neat_kernels.torch_backend.gemm import rows_times, transposed_times
 
 needs_csrc = pytest.mark.skipif(cpu.obstacle() is not None, reason=str(cpu.obstacle()))
@@ -198,6 +198,13 @@ def test_a_layer_of_common_size_is_run_by_csrc(monkeypatch):
 def test_what_csrc_leaves_to_torch(a, narrow):
     assert cpu.takes(torch.randn(64, 600), torch.randn(600, 16))
     assert not cpu.takes(a, narrow)
+
+
+@needs_csrc
+def test_the_self_check_checks_csrc():
+    for tokens in (selfcheck.TOKENS, selfcheck.OUT_FEATURES):
+        a = torch.empty(tokens, min(selfcheck.IN_FEATURES, selfcheck.OUT_FEATURES))
+        assert cpu.takes(a, torch.empty(a.shape[1], selfcheck.RANK))
 
 
 def test_without_it_torch_computes_the_same(monkeypatch):
