@@ -24,7 +24,7 @@ def extensions() -> list[Extension]:
             SOURCES,
             depends=["csrc/lanes.h"],
             # GCC 12 takes the undefined operand inside its own intrinsics for a mistake.
-            extra_compile_args=["-std=c++17", "-O3", *AVX512, "-Wno-maybe-uninitialized", "-Wno-uninitialized"],
+            extra_compile_args=["-std=c++17", "-O3", *AVX512, "-Wno-maybe-uninitialized"],
             language="c++",
             optional=True,
         )

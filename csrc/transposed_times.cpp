@@ -50,7 +50,8 @@ template <typename T>
 void strips(int64_t begin, int64_t end, void* context) {
   const Product& g = *static_cast<const Product*>(context);
   alignas(64) float panel[PANEL * STRIP];
-  for (int64_t m = 0; m < g.M; m += PANEL) {
+  // The first panel is written even where a has no row, since a sum of nothing is zero.
+  for (int64_t m = 0; m == 0 || m < g.M; m += PANEL) {
     const int64_t rows = g.M - m < PANEL ? g.M - m : PANEL;
     for (int64_t k = begin * STRIP; k < end * STRIP && k < g.K; k += STRIP) {
       const __mmask16 mask[2] = {first(g.K - k), first(g.K - k - LANES)};

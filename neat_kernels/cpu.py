@@ -11,7 +11,6 @@ import ctypes
 import functools
 import importlib.util
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -36,10 +35,16 @@ def obstacle() -> str | None:
 
 
 def takes(a: Tensor, narrow: Tensor) -> bool:
-    """Whether csrc multiplies these: on a CPU, rows or columns of a contiguous, and enough work to be worth a call."""
+    """Whether csrc multiplies these: on a CPU, rows or columns of a contiguous, and enough work to be worth a call.
+
+    csrc reads memory as it stands: every other layout and a lazy negation are left to torch.
+    """
     return (
-        a.device.type == "cpu"
+        a.is_cpu
+        and narrow.is_cpu
         and a.dtype in _DTYPES
+        and a.layout == torch.strided
+        and not (a.is_neg() or narrow.is_neg())
         and narrow.dtype != torch.float64
         and a.numel() * narrow.shape[1] >= LEAST_WORK
         and min(a.shape) >= LEAST_ROWS
@@ -58,11 +63,14 @@ def rows_times(a: Tensor, b: Tensor) -> Tensor:
 
     Returns:
         [M,r] in float32, contiguous.
+
+    Raises:
+        ValueError: b has another number of rows.
     """
     if a.stride(1) != 1:
         return transposed_times(a.t(), b).t().contiguous()
     out = a.new_empty((a.shape[0], b.shape[1]), dtype=torch.float32)
-    _run(_library().rows_times, a, b, out)
+    _run(_library().rows_times, a, b, a.shape[1], out)
     return out
 
 
@@ -75,15 +83,21 @@ def transposed_times(a: Tensor, p: Tensor) -> Tensor:
 
     Returns:
         [r,K] in float32, contiguous.
+
+    Raises:
+        ValueError: p has another number of rows.
     """
     if a.stride(1) != 1:
         return rows_times(a.t(), p).t().contiguous()
     out = a.new_empty((p.shape[1], a.shape[1]), dtype=torch.float32)
-    _run(_library().transposed_times, a, p, out)
+    _run(_library().transposed_times, a, p, a.shape[0], out)
     return out
 
 
-def _run(function: Callable[..., int], a: Tensor, narrow: Tensor, out: Tensor) -> None:
+def _run(function: Callable[..., int], a: Tensor, narrow: Tensor, terms: int, out: Tensor) -> None:
+    # An operator may be called without the checks of functional, and csrc would read past the end.
+    if narrow.shape[0] != terms:
+        raise ValueError(f"expected {terms} rows to multiply with a of {tuple(a.shape)}, got {tuple(narrow.shape)}")
     narrow = narrow.to(torch.float32).contiguous()
     status = function(
         _library().parallel_for, _DTYPES[a.dtype], a.data_ptr(), a.stride(0), *a.shape,
@@ -108,9 +122,9 @@ def _loaded() -> _Library | str:
     spec = importlib.util.find_spec("neat_kernels._csrc")
     if spec is None or spec.origin is None:
         return "csrc was not built; installing from source on Linux with a C++ compiler builds it"
-    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
-        built, torch_library = ctypes.CDLL(spec.origin), ctypes.CDLL(str(path))
+        # The module stands for every library that it is linked to, wherever a distribution puts libtorch_cpu.so.
+        built, torch_library = ctypes.CDLL(spec.origin), ctypes.CDLL(torch._C.__file__)
         parallel_for = ctypes.cast(torch_library.torch_parallel_for, ctypes.c_void_p)
         functions = built.neat_rows_times, built.neat_transposed_times
     except (OSError, AttributeError) as error:

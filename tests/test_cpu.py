@@ -27,6 +27,8 @@ SHAPES = [
     (40, 48, 64),
     (257, 65, 128),
     (3, 700, 130),
+    (0, 33, 5),
+    (13, 0, 5),
 ]
 LAYOUTS = {
     "rows": lambda t: t.clone(),
@@ -128,6 +130,28 @@ def test_what_is_not_finite_spoils_its_own_sums_alone(function):
 
 
 @needs_csrc
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize("odd", [torch._neg_view, torch.Tensor.to_sparse_csr])
+def test_cached_features_and_tokens_of_another_kind(odd):
+    """Cached features answer past the operator, which would see a negated tensor in the flesh."""
+    layer = nk.FusedNeatLinear(256, 192, r=8).eval()
+    torch.nn.init.normal_(layer.neat_B)
+    x = odd(torch.randn(64, 256))
+    plain = x.resolve_neg() if x.layout == torch.strided else x.to_dense()
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), layer(plain))
+
+
+@needs_csrc
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("function", [cpu.rows_times, cpu.transposed_times])
+def test_operands_that_do_not_fit_are_refused(function, columns):
+    a = torch.randn(40, 40).t() if columns else torch.randn(40, 40)
+    with pytest.raises(ValueError, match=r"expected 40 rows .* got \(39, 20\)"):
+        function(a, torch.randn(39, 20))
+
+
+@needs_csrc
 @pytest.mark.parametrize("function", [cpu.rows_times, cpu.transposed_times])
 def test_results_are_where_the_operands_are(function):
     a, narrow = torch.randn(40, 40), torch.randn(40, 20)
@@ -192,9 +216,16 @@ def test_a_layer_of_common_size_is_run_by_csrc(monkeypatch):
         (torch.randn(64, 100), torch.randn(100, 16)),
         (torch.randn(512, 600), torch.randn(600, 1)),
         (torch.empty(64, 600, device="meta"), torch.randn(600, 16)),
+        (torch.randn(64, 600), torch.empty(600, 16, device="meta")),
+        (torch._neg_view(torch.randn(64, 600)), torch.randn(600, 16)),
+        (torch.randn(64, 600), torch._neg_view(torch.randn(600, 16))),
+        (torch.randn(64, 600).to_mkldnn(), torch.randn(600, 16)),
     ],
-    ids=["float64", "float64 b", "strided", "fp8", "few rows", "little work", "one column", "meta"],
-)
+    ids=[
+        "float64", "float64 b", "strided", "fp8", "few rows", "little work", "one column", "meta", "meta b",
+        "negated", "negated b", "layout of oneDNN",
+    ],
+)  # fmt: skip
 def test_what_csrc_leaves_to_torch(a, narrow):
     assert cpu.takes(torch.randn(64, 600), torch.randn(600, 16))
     assert not cpu.takes(a, narrow)
