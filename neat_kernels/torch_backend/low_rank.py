@@ -1,4 +1,4 @@
-"""The token side and its backward, in plain torch operations.
+"""The token side and its backward, in torch operations and the products of gemm.
 
 S = x̃·D            y  = x·Wᵀ + bias + s·S·Uᵀ            x̃ = x ∘ mask / (1 - p) under dropout, else x
 dS = s·dy·U        dU = s·dyᵀ·S      dx = dy·W + (dS·Dᵀ) ∘ mask / (1 - p)      dD = x̃ᵀ·dS      dbias = Σ dy
