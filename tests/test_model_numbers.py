@@ -213,6 +213,12 @@ class TestComparison:
         assert by_case["bfloat16", "neat"].predicted < 0.05 * by_case["bfloat16", "peft_lora"].predicted
         assert all(row.predicted is None and row.ratio is None for row in rows if row.contender == "peft_peanut")
 
+    def test_of_times_under_cuda_graphs_where_there_are_any(self):
+        results = compare.read_results(ROOT / "benchmarks/results/2026-11-27-nvidia-h200/layer-8192x4096.json")
+        by_contender = {row.contender: row for row in compare.compare(results)}
+        assert by_contender["neat"].case == "8192x4096x4096x16 bfloat16, CUDA graphs"
+        assert by_contender["neat"].measured == results.cases[0]["summary"]["graphs"]["ms"]["neat"]
+
     def test_of_results_of_a_gpu_takes_the_device_that_the_file_names(self):
         results = compare.read_results(CPU_RESULTS)
         case = results.cases[1] | {"device": "cuda", "summary": {"ms": {"frozen": 1.0, "neat": 1.2, "neat_half": 1.1}}}
