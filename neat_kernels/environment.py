@@ -53,7 +53,8 @@ def device_name(device: torch.device) -> str:
 
 
 def print_environment(console: Console) -> None:
-    """Print versions, devices, and each backend with the reason why it cannot run, if it cannot."""
+    """Print versions, devices, and each backend and csrc with the reason why it cannot run, if it cannot."""
+    from neat_kernels import cpu
     from neat_kernels.plan import available_backends
 
     table = Table.grid(padding=(0, 2))
@@ -62,9 +63,10 @@ def print_environment(console: Console) -> None:
         table.add_row(package, version)
     for device in devices():
         table.add_row("device", escape(device_name(device)))
-    for backend, reason in available_backends().items():
+    parts = {f"backend {backend}": reason for backend, reason in available_backends().items()}
+    for part, reason in {**parts, "csrc": cpu.obstacle()}.items():
         state = "[green]available[/]" if reason is None else f"[yellow]not available[/]: {escape(reason)}"
-        table.add_row(f"backend {backend}", state)
+        table.add_row(part, state)
     console.print(table)
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from neat_kernels import cpu
 from neat_kernels.torch_backend.gemm import casts_blocks
 from neat_kernels.vocabulary import BACKENDS, HALF_DTYPES, check_choice
 
@@ -221,8 +222,17 @@ def make_plan(
         return Plan(backend, gemm, f"{asked}; {_why_gemm(device, dtype)}{_measured_launches(device)}")
     if casts_blocks(device, dtype):
         why = f"fp32 casts of row blocks, since this CPU has no fast {_short(dtype)} GEMM"
-        return Plan(backend, "blocks", f"{asked}; {why}")
-    return Plan(backend, "native", f"{asked}; torch's GEMM accumulates onto the low-rank product")
+        return Plan(backend, "blocks", f"{asked}; {why}{_narrow_products(device)}")
+    why = "torch's GEMM and the low-rank product add up in place"
+    return Plan(backend, "native", f"{asked}; {why}{_narrow_products(device)}")
+
+
+def _narrow_products(device: torch.device) -> str:
+    """A clause on what multiplies r-wide matrices on a CPU."""
+    if device.type != "cpu":
+        return ""
+    obstacle = cpu.obstacle()
+    return f"; products of rank r by {'csrc' if obstacle is None else f'torch: {obstacle}'}"
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -176,8 +176,9 @@ def test_lora_is_what_peft_runs(dtype, adapter_dtype):
     assert recorder.seen == modelled(peers.peft_lora(layer))
 
 
-def test_the_torch_backend_is_what_the_model_says():
+def test_the_torch_backend_is_what_the_model_says(monkeypatch):
     """In fp32, operation for operation; of an operation's operands the model leaves out scalars alone."""
+    monkeypatch.setattr("neat_kernels.cpu.takes", lambda a, narrow: False)
     layer = Layer(600, 96, 80, 4, "fp32", bias=True)
     fused = nk.FusedNeatLinear.from_linear(torch.nn.Linear(96, 80), r=4)
     x, dy = torch.randn(600, 96, requires_grad=True), torch.randn(600, 80)
@@ -211,6 +212,12 @@ class TestComparison:
         # The torch backend does not take the scalar loop.
         assert by_case["bfloat16", "neat"].predicted < 0.05 * by_case["bfloat16", "peft_lora"].predicted
         assert all(row.predicted is None and row.ratio is None for row in rows if row.contender == "peft_peanut")
+
+    def test_of_times_under_cuda_graphs_where_there_are_any(self):
+        results = compare.read_results(ROOT / "benchmarks/results/2026-11-27-nvidia-h200/layer-8192x4096.json")
+        by_contender = {row.contender: row for row in compare.compare(results)}
+        assert by_contender["neat"].case == "8192x4096x4096x16 bfloat16, CUDA graphs"
+        assert by_contender["neat"].measured == results.cases[0]["summary"]["graphs"]["ms"]["neat"]
 
     def test_of_results_of_a_gpu_takes_the_device_that_the_file_names(self):
         results = compare.read_results(CPU_RESULTS)

@@ -1,8 +1,10 @@
 """What an installation promises: a light import, typed, complete and consistent with its metadata."""
 
+import fnmatch
 import importlib.metadata
 import importlib.util
 import json
+import platform
 import shutil
 import subprocess
 import sys
@@ -68,15 +70,18 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path):
     source.mkdir()
     for name in ("pyproject.toml", "setup.py", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, source)
-    for name in ("neat_kernels", "tests", "benchmarks"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("neat_kernels", "csrc", "tests", "benchmarks"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(tmp_path)]
     subprocess.run([*pip, str(source)], check=True, capture_output=True, text=True)
     (wheel,) = tmp_path.glob("*.whl")
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     sources = {path.relative_to(source).as_posix() for path in (source / "neat_kernels").rglob("*.py")}
     data = {path.relative_to(source).as_posix() for path in (source / "neat_kernels" / "kernels").glob("*.json")}
-    assert packed == sources | data | {"neat_kernels/py.typed"}
+    built = {name for name in packed if fnmatch.fnmatch(name, "neat_kernels/_csrc.*.so")}
+    compiles = sys.platform == "linux" and platform.machine() == "x86_64" and shutil.which("g++") is not None
+    assert len(built) == compiles
+    assert packed - built == sources | data | {"neat_kernels/py.typed"}
 
 
 def test_constraints_are_versions_that_the_package_accepts():

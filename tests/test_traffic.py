@@ -301,6 +301,23 @@ def test_a_launch_prepared_before_takes_what_is_measured_now():
         assert block() == before
 
 
+@pytest.mark.parametrize("when", ["enter", "exit"])
+def test_a_hook_of_a_profiler_sees_every_launch(when):
+    seen = []
+    hooks = getattr(bound.knobs.runtime, f"launch_{when}_hook")
+    x, D = torch.empty(M, K, dtype=torch.bfloat16), torch.empty(K, R)
+    with capture("sm_90") as launches:
+        down(x, D, None, 0.0, torch.bfloat16)
+        hooks.add(seen.append)
+        try:
+            down(x, D, None, 0.0, torch.bfloat16)
+        finally:
+            hooks.remove(seen.append)
+        down(x, D, None, 0.0, torch.bfloat16)
+    assert len(launches) == 3
+    assert [metadata.get()["name"] for metadata in seen] == ["_down_kernel"]
+
+
 def test_a_driver_that_records_nothing(monkeypatch):
     monkeypatch.setattr("neat_kernels.plan.device_obstacle", lambda device: None)
     with capture("sm_90", record=False) as launches:

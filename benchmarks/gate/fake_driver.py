@@ -153,14 +153,32 @@ class _FakeDriver(DriverBase):
         kernel = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
         fixed = (constants, metadata.num_warps, metadata.num_stages, self.target, compiled)
 
-        def launch(x: int, y: int, z: int, *rest: Any) -> None:
+        # After the grid: stream, function, packed metadata, and what is named here.
+        def launch(
+            x: int, y: int, z: int, _s: Any, _f: Any, _p: Any, metadata: Any, enter: Any, leave: Any, *rest: Any
+        ) -> None:
             if self.closed:
                 raise RuntimeError(f"{kernel} was compiled in a capture that has ended: no device can run it")
+            if enter is not None:
+                enter(metadata)
             if self.record:
-                # Before the arguments: stream, function, packed metadata, launch metadata, and two hooks.
-                self.launches.append(Launch(kernel, (x, y, z), dict(zip(names, rest[6:], strict=True)), *fixed))
+                given = (getattr(argument, "tensor", argument) for argument in rest)
+                self.launches.append(Launch(kernel, (x, y, z), dict(zip(names, given, strict=True)), *fixed))
+            if leave is not None:
+                leave(metadata)
 
         return launch
+
+
+class _Address(int):
+    """An address that a launch passes, with the tensor that lies there: it is what is written down."""
+
+    tensor: torch.Tensor
+
+    def __new__(cls, tensor: torch.Tensor) -> _Address:
+        address = super().__new__(cls, tensor.data_ptr())
+        address.tensor = tensor
+        return address
 
 
 class _Utils:
@@ -191,18 +209,12 @@ def _package_configured_for(target: Target, record: bool) -> Iterator[None]:
     def on(device: torch.device) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
-    passed = bound._argument
-
-    def tensors(argument: Any) -> tuple[Any, Any]:
-        """The tensor where a launch passes its address: it is what is written down."""
-        return passed(argument)[0], argument
-
     bound.forget()
     try:
         with (
             mock.patch.object(launch, "target", chosen),
             mock.patch.object(launch, "on", on),
-            mock.patch.object(bound, "_argument", tensors if record else passed),
+            mock.patch.object(bound, "_address", _Address if record else bound._address),
         ):
             yield
     finally:

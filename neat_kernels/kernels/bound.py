@@ -2,7 +2,7 @@
 
 The host code of a stage is in two parts. A function under `prepared` turns shapes, strides and options into a `Bound`
 launch, and is looked up by them; the launcher allocates and passes tensors. Triton looks at every argument of a call in
-Python and in C++ to find what it compiled for arguments like these; of tensors that is no more than `_argument` sees.
+Python and in C++ to find what it compiled for arguments like these; of tensors that is dtype and alignment.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from triton import knobs
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -51,9 +52,10 @@ class Bound:
     __slots__ = ("_compiled", "_constants", "_grid", "_kernel", "_numbers")
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], numbers: tuple[Any, ...], **constants: Any) -> None:
-        self._kernel, self._grid, self._numbers, self._constants = kernel, grid, numbers, constants
-        # What launches a compiled kernel, with the rest of its arguments, by device and kinds of tensors.
-        self._compiled: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
+        self._kernel, self._grid, self._numbers, self._constants = kernel, (*grid, 1, 1)[:3], numbers, constants
+        # A compiled kernel, and the arguments of its launch before and after the tensors, by device and kinds of
+        # tensors.
+        self._compiled: dict[Hashable, tuple[Any, tuple[Any, ...], tuple[Any, ...]]] = {}
 
     def __call__(self, *tensors: Tensor | TensorDescriptor | None) -> None:
         """Launch with `tensors`, which the kernel has before all other arguments."""
@@ -62,34 +64,53 @@ class Bound:
         if not isinstance(self._kernel, JITFunction):
             self._kernel[self._grid](*tensors, *self._numbers, **self._constants)
             return
-        device = driver.active.get_current_device()
-        seen = [_argument(tensor) for tensor in tensors]
-        key = (device, *[kind for kind, _ in seen])
+        active = driver.active
+        device = active.get_current_device()
+        # What Triton compiles differently for, a tensor's dtype and alignment, and what a launch passes. Of a tensor
+        # that is the address: a tensor's own Triton has the driver look up, and asks the tensor for it once more.
+        kinds: list[Hashable] = [device]
+        passed: list[Any] = []
+        for tensor in tensors:
+            if tensor is None:
+                kinds.append(None)
+                passed.append(None)
+            elif isinstance(tensor, TensorDescriptor):
+                kinds.append(tensor.base.dtype)
+                passed.append(tensor)
+            else:
+                address = _address(tensor)
+                kinds.append(tensor.dtype if address % 16 == 0 else (tensor.dtype, "unaligned"))
+                if _IS_HIP:
+                    # On AMD also whether offsets into it fit 32 bits.
+                    kinds.append(tensor.untyped_storage().size() < 2**31)
+                passed.append(address)
+        key = tuple(kinds)
         found = self._compiled.get(key)
         if found is None:
             compiled = self._kernel[self._grid](*tensors, *self._numbers, **self._constants)
             names = self._kernel.arg_names[len(tensors) + len(self._numbers) :]
             rest = (*self._numbers, *(self._constants[name] for name in names))
-            self._compiled[key] = compiled[(*self._grid, 1, 1)[:3]], rest
+            self._compiled[key] = compiled, (compiled.function, compiled.packed_metadata, None, None, None), rest
             return
-        start, rest = found
-        start(*[passed for _, passed in seen], *rest, stream=driver.active.get_current_stream(device))
+        compiled, first, rest = found
+        stream = active.get_current_stream(device)
+        if _is_watched():
+            compiled[self._grid](*passed, *rest, stream=stream)
+        else:
+            compiled.run(*self._grid, stream, *first, *passed, *rest)
 
 
-def _argument(argument: Tensor | TensorDescriptor | None) -> tuple[Hashable, Any]:
-    """What Triton compiles differently for, a tensor's dtype and alignment, and what a launch passes.
+# Where a tensor lies.
+_address = Tensor.data_ptr
 
-    Of a tensor that is the address: a tensor's own Triton has the driver look up, and asks the tensor for it once more.
+
+def _is_watched() -> bool:
+    """Whether somebody hooks into launches, as Triton's profiler does.
+
+    Triton calls the hooks where there are none, too, and makes metadata for them: three calls of Python a launch.
     """
-    if argument is None:
-        return None, None
-    if isinstance(argument, TensorDescriptor):
-        return argument.base.dtype, argument
-    address = argument.data_ptr()
-    if _IS_HIP:
-        # On AMD also whether offsets into it fit 32 bits.
-        return (argument.dtype, address % 16 == 0, argument.untyped_storage().size() < 2**31), address
-    return (argument.dtype, address % 16 == 0), address
+    runtime = knobs.runtime
+    return bool(getattr(runtime.launch_enter_hook, "calls", True) or getattr(runtime.launch_exit_hook, "calls", True))
 
 
 class Described:

@@ -127,7 +127,7 @@ def features_backward(
         chain = chain.contiguous()
         dZ, shares = through_chain(dH, Z, chain, activation, need_dchain)
         dchain = torch.empty_like(chain) if need_dchain else None
-    dA, last = Z.new_empty(0), None
+    dA, last = None, None
     if dA_dtype is not None:
         assert weight is not None
         W = weight.t() if orientation == "in" else weight
@@ -136,7 +136,7 @@ def features_backward(
         assert dchain is not None
         last = Sum(shares, dchain)
     reduce(left, last)
-    return dA, Z.new_empty(0) if dchain is None else dchain
+    return Z.new_empty(0) if dA is None else dA, Z.new_empty(0) if dchain is None else dchain
 
 
 def through_chain(

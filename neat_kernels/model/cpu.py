@@ -1,4 +1,4 @@
-"""The torch backend on a CPU, operation by operation, and a CPU's ceilings measured on the spot.
+"""The torch backend on a CPU without csrc, operation by operation, and a CPU's ceilings measured on the spot.
 
 Only what the benchmarks time: orientation "out", no chain, relu, scaling 1, adapters in fp32.
 """
@@ -80,8 +80,8 @@ def _backward(layer: Layer, unit: str) -> tuple[Work, ...]:
         _pass("copy_", K * r),
         _narrow(layer, "dy", M * N, M * r, r * N),
         _pass("copy_", N * r),
-        Work("torch.gt", {"Z": K * r * _F32}, {"mask": K * r}),
-        Work("torch.where", {"mask": K * r, "dH": K * r * _F32}, {"dZ": K * r * _F32}),
+        _pass("nan_to_num", K * r),
+        Work("torch.threshold_backward", {"dH": K * r * _F32, "Z": K * r * _F32}, {"dZ": K * r * _F32}),
         _narrow(layer, "W", N * K, K * r, N * r),
         _pass("copy_", N * r),
     )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neat_kernels.ops.register import implementation, refuse_trainable_weight, register
+from neat_kernels.ops.register import implementation, in_backward, refuse_trainable_weight, register
 
 
 def _features(
@@ -91,7 +91,9 @@ def _backward(ctx: Any, dH: Tensor | None, dZ: None) -> tuple[Tensor | None, ...
         return (None,) * 6
     orientation, activation, backend = ctx.options
     need_dchain = ctx.needs_input_grad[2]
-    dA, dchain = _BACKWARD(dH, *ctx.saved_tensors, orientation, activation, ctx.dA_dtype, need_dchain, backend)
+    dA, dchain = in_backward(
+        _BACKWARD, dH, *ctx.saved_tensors, orientation, activation, ctx.dA_dtype, need_dchain, backend
+    )
     return None, dA if ctx.dA_dtype is not None else None, dchain if need_dchain else None, None, None, None
 
 

@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neat_kernels.ops.register import as_rows, implementation, refuse_trainable_weight, register, with_columns
+from neat_kernels.ops.register import (
+    as_rows,
+    implementation,
+    in_backward,
+    refuse_trainable_weight,
+    register,
+    with_columns,
+)
 from neat_kernels.torch_backend.low_rank import Branch, Needs
 from neat_kernels.vocabulary import autocast_dtype
 
@@ -142,7 +149,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 def _backward(ctx: Any, dy: Tensor | None, dS: None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 10
-    dx, ddown, dup, dbias = _BACKWARD(dy, *ctx.saved_tensors, *ctx.branch, *ctx.needs, ctx.backend)
+    dx, ddown, dup, dbias = in_backward(_BACKWARD, dy, *ctx.saved_tensors, *ctx.branch, *ctx.needs, ctx.backend)
     need_dx, need_ddown, need_dup, need_dbias = ctx.needs
     return (
         dx if need_dx else None,
@@ -209,8 +216,8 @@ def _add_backward(ctx: Any, dy: Tensor | None, dS: None) -> tuple[Tensor | None,
     dx, ddown, dup = None, None, None
     if need_dx or ddown_dtype is not None or dup_dtype is not None:
         x, down, up, S, seed = ctx.saved_tensors
-        dx, ddown, dup, _ = _BACKWARD(
-            dy.to(ctx.dtype), x, None, down, up, S, seed, *ctx.branch, *ctx.needs, None, ctx.backend
+        dx, ddown, dup, _ = in_backward(
+            _BACKWARD, dy.to(ctx.dtype), x, None, down, up, S, seed, *ctx.branch, *ctx.needs, None, ctx.backend
         )
     return (
         dx if need_dx else None,

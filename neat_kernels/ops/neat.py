@@ -14,7 +14,14 @@ from torch import Tensor
 
 from neat_kernels.ops.features import fake_features, fake_features_backward
 from neat_kernels.ops.low_rank import cast_tokens, fake_tokens
-from neat_kernels.ops.register import as_rows, implementation, refuse_trainable_weight, register, with_columns
+from neat_kernels.ops.register import (
+    as_rows,
+    implementation,
+    in_backward,
+    refuse_trainable_weight,
+    register,
+    with_columns,
+)
 from neat_kernels.plan import is_small_batch
 from neat_kernels.torch_backend.low_rank import Branch
 from neat_kernels.torch_backend.neat import Wanted
@@ -181,7 +188,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 def _backward(ctx: Any, dy: Tensor | None, *rest: None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 13
-    dx, dA, dB, dchain, dbias = _BACKWARD(dy, *ctx.saved_tensors, *ctx.options, *ctx.needs, ctx.backend)
+    dx, dA, dB, dchain, dbias = in_backward(_BACKWARD, dy, *ctx.saved_tensors, *ctx.options, *ctx.needs, ctx.backend)
     need_dx, need_dA, need_dB, need_dchain, need_dbias = ctx.needs
     return (
         dx if need_dx else None,

@@ -83,6 +83,14 @@ def _differentiable(
     return kernel
 
 
+def in_backward(op: Callable[..., Any], *args: Any) -> Any:
+    """op(*args) for the backward of another operator: past the key Autograd, unless a graph of it is asked for."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
 def _refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
     raise RuntimeError(
         "double backward through the fused path is not supported; neat_kernels.reference is twice differentiable"

@@ -1,1 +1,1 @@
-"""The factored layer in plain torch operations: runs on every device and allocates nothing of W's size."""
+"""The factored layer in torch operations, and csrc's where it runs: on every device, with nothing of W's size."""

@@ -1,4 +1,4 @@
-"""Features of the frozen weight and their backward, in plain torch operations.
+"""Features of the frozen weight and their backward, in torch operations and the products of gemm.
 
 out:  Z = Wᵀ·Aᵀ [K,r]      in:  Z = W·Aᵀ [N,r]      H = g(Z)
 g:    h = σ(Z); p encoders: res_i = h, h = σ(h·E_iᵀ); p decoders: h = σ(h·D_iᵀ) + res_{p-1-i}

@@ -1,6 +1,7 @@
 """Products with a tall, possibly half-precision operand, accumulated in fp32 without an fp32 copy of that operand.
 
-A half operand is cast in row blocks of at most 1 MiB. On a GPU, two half operands use torch.mm(..., out_dtype=float32).
+On a CPU csrc multiplies where it can. Elsewhere a half operand is cast in row blocks of at most 1 MiB, and on a GPU two
+half operands use torch.mm(..., out_dtype=float32).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neat_kernels import cpu
 from neat_kernels.vocabulary import HALF_DTYPES, wide_dtype
 
 BLOCK_BYTES = 1 << 20
@@ -37,6 +39,8 @@ def rows_times(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
     """a·b [M,r] in `wide`, for a tall a [M,K] and a narrow b [K,r], with one read of a."""
     if _mm_wide(a, b):
         return torch.mm(a, b, out_dtype=wide)
+    if cpu.takes(a, b):
+        return cpu.rows_times(a, b)
     b = b.to(wide)
     if a.numel() * wide.itemsize <= BLOCK_BYTES or a.dtype == wide:
         return a.to(wide) @ b
@@ -68,6 +72,8 @@ def transposed_times(a: Tensor, p: Tensor, wide: torch.dtype) -> Tensor:
     """
     if _mm_wide(a, p):
         return torch.mm(p.t(), a, out_dtype=wide)
+    if cpu.takes(a, p):
+        return cpu.transposed_times(a, p)
     p = p.to(wide)
     if a.dtype == wide:
         # The faster form from 32 columns on two threads, and on one the slower (AMD EPYC with AVX-512).

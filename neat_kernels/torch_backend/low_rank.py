@@ -1,4 +1,4 @@
-"""The token side and its backward, in plain torch operations.
+"""The token side and its backward, in torch operations and the products of gemm.
 
 S = x̃·D            y  = x·Wᵀ + bias + s·S·Uᵀ            x̃ = x ∘ mask / (1 - p) under dropout, else x
 dS = s·dy·U        dU = s·dyᵀ·S      dx = dy·W + (dS·Dᵀ) ∘ mask / (1 - p)      dD = x̃ᵀ·dS      dbias = Σ dy
@@ -25,6 +25,7 @@ from neat_kernels.torch_backend.gemm import (
     casts_blocks,
     multiplies_halves,
     row_blocks,
+    rows_times,
     rows_times_rounded,
     scaled_,
     transposed,
@@ -147,7 +148,7 @@ def _down(x: Tensor, D: Tensor, seed: Tensor | None, branch: Branch) -> Tensor:
     wide = wide_dtype(x)
     S = x.new_empty((x.shape[0], D.shape[1]), dtype=D.dtype)
     for rows in _token_blocks(x.shape[0]):
-        S[rows] = _drop_(x[rows].to(wide, copy=True), seed, rows, branch.dropout) @ D.to(wide)
+        S[rows] = rows_times(_drop_(x[rows].to(wide, copy=True), seed, rows, branch.dropout), D, wide)
     return S
 
 
@@ -158,7 +159,8 @@ def _down_backward(x: Tensor, dS: Tensor, seed: Tensor | None, branch: Branch) -
         return transposed_times(x, dS, wide)
     dD = x.new_zeros((dS.shape[1], x.shape[1]), dtype=wide)
     for rows in _token_blocks(x.shape[0]):
-        dD.addmm_(dS[rows].to(wide).t(), _drop_(x[rows].to(wide, copy=True), seed, rows, branch.dropout))
+        dropped = _drop_(x[rows].to(wide, copy=True), seed, rows, branch.dropout)
+        dD.add_(transposed_times(dropped, dS[rows], wide))
     return dD
 
 
@@ -169,6 +171,9 @@ def _dgrad(dy: Tensor, weight: Tensor, dS: Tensor, D: Tensor, seed: Tensor | Non
     if D.dtype != dy.dtype:
         dx = torch.mm(dy, weight)
         return _add_wide(dx, dS, D.t(), 1.0, seed, branch.dropout)
+    if seed is None and dy.device.type == "cpu" and dy.dtype in HALF_DTYPES:
+        # oneDNN accumulates few columns onto a product for less than a product onto few columns.
+        return torch.mm(dy, weight).addmm_(dS, D.t())
     return _branch_dgrad(dS, D, seed, branch, dy.dtype).addmm_(dy, weight)
 
 

@@ -1,0 +1,76 @@
+// out [r,K] = pᵀ · a, accumulated in fp32, for a tall a [M,K] of float, bf16 or fp16 and a narrow fp32 p [M,r].
+//
+// A thread owns strips of STRIP columns of a. A panel of them is widened PANEL rows at a time, and the sums of up to
+// TALL rows of out with it stay in registers down the panel: a is read once, out once for every panel.
+// Every sum is taken in the order of M, whatever the number of threads.
+#include "lanes.h"
+
+namespace neat {
+namespace {
+
+constexpr int64_t STRIP = 2 * LANES;
+// 16 KiB of panel and 8 KiB of p at r = 16 fit in a first-level cache of 32 KiB.
+constexpr int64_t PANEL = 128;
+// 16 registers hold sums: enough to cover the latency of two FMA units.
+constexpr int64_t TALL = 8;
+
+template <typename T>
+void widen(const T* a, int64_t stride_a, int64_t rows, const __mmask16 (&mask)[2], float* panel) {
+  for (int64_t m = 0; m < rows; m++)
+    for (int v = 0; v < 2; v++)
+      _mm512_store_ps(panel + m * STRIP + v * LANES, load(a + m * stride_a + v * LANES, mask[v]));
+}
+
+// J rows of out, continued from what stands there unless this is the first panel.
+template <int J>
+void tile(const float* panel, int64_t rows, const float* p, const Product& g, float* out, const __mmask16 (&mask)[2],
+          bool is_first) {
+  __m512 acc[J][2];
+#pragma GCC unroll 16
+  for (int j = 0; j < J; j++)
+    for (int v = 0; v < 2; v++) acc[j][v] = load(out + j * g.K + v * LANES, is_first ? 0 : mask[v]);
+  for (int64_t m = 0; m < rows; m++) {
+    const __m512 left = _mm512_load_ps(panel + m * STRIP), right = _mm512_load_ps(panel + m * STRIP + LANES);
+#pragma GCC unroll 16
+    for (int j = 0; j < J; j++) {
+      const __m512 element = _mm512_set1_ps(p[m * g.r + j]);
+      acc[j][0] = _mm512_fmadd_ps(element, left, acc[j][0]);
+      acc[j][1] = _mm512_fmadd_ps(element, right, acc[j][1]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int j = 0; j < J; j++)
+    for (int v = 0; v < 2; v++) _mm512_mask_storeu_ps(out + j * g.K + v * LANES, mask[v], acc[j][v]);
+}
+
+using Tile = void (*)(const float*, int64_t, const float*, const Product&, float*, const __mmask16 (&)[2], bool);
+const Tile TILES[] = {nullptr, tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>, tile<7>, tile<TALL>};
+
+template <typename T>
+void strips(int64_t begin, int64_t end, void* context) {
+  const Product& g = *static_cast<const Product*>(context);
+  alignas(64) float panel[PANEL * STRIP];
+  // The first panel is written even where a has no row, since a sum of nothing is zero.
+  for (int64_t m = 0; m == 0 || m < g.M; m += PANEL) {
+    const int64_t rows = g.M - m < PANEL ? g.M - m : PANEL;
+    for (int64_t k = begin * STRIP; k < end * STRIP && k < g.K; k += STRIP) {
+      const __mmask16 mask[2] = {first(g.K - k), first(g.K - k - LANES)};
+      widen(static_cast<const T*>(g.a) + m * g.stride_a + k, g.stride_a, rows, mask, panel);
+      for (int64_t j = 0; j < g.r; j += TALL) {
+        const int64_t tall = g.r - j < TALL ? g.r - j : TALL;
+        TILES[tall](panel, rows, g.narrow + m * g.r + j, g, g.out + j * g.K + k, mask, m == 0);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace neat
+
+extern "C" int32_t neat_transposed_times(neat::ParallelFor parallel_for, int32_t dtype, const void* a,
+                                         int64_t stride_a, int64_t M, int64_t K, const float* p, int64_t r,
+                                         float* out) {
+  using namespace neat;
+  Product g{a, stride_a, M, K, p, r, out};
+  return parallel_for(0, (K + STRIP - 1) / STRIP, 1, of_dtype(dtype, strips<float>, strips<bf16>, strips<fp16>), &g);
+}
