@@ -29,8 +29,8 @@ def _times_square(
     PRECISION: tl.constexpr,
 ):
     """h·E [BLOCK_M, BLOCK_R] for h [rows,r] in memory and an r×r matrix, transposed by its strides; zero beyond r."""
-    # 32 columns at r = 128 spill up to 32 bytes a thread where dchain is not needed (sm_80, python -m benchmarks.gate).
-    SLICE_R: tl.constexpr = 16 if BLOCK_R == 128 else min(BLOCK_R, 32)
+    # From r = 33 on, 32 columns spill up to 32 bytes a thread (sm_80 to sm_89 and sm_120, python -m benchmarks.gate).
+    SLICE_R: tl.constexpr = min(BLOCK_R, 32) if BLOCK_R < 64 else 16
     offs_r = tl.arange(0, BLOCK_R)
     acc = tl.zeros((offs_m.shape[0], BLOCK_R), tl.float32)  # [BLOCK_M, BLOCK_R]
     for start in tl.range(0, BLOCK_R, SLICE_R, num_stages=1):
