@@ -131,7 +131,8 @@ def origin(facts: dict[str, Any], processes: int) -> str:
     named = [f"{name} {facts['versions'][name]}" for name in shown if facts["versions"].get(name)]
     driver = f", driver {facts['driver']}" if facts["driver"] else f" ({facts['cpu_capability']})"
     spread = f"median and range of {processes} fresh processes" if processes > 1 else "one process, hence no spread"
-    when = f"commit {facts['commit'][:7]}, {facts['date'][:10]}"
+    commit, plus, _ = facts["commit"].partition("+")
+    when = f"commit {commit[:7]}{' with changes' if plus else ''}, {facts['date'][:10]}"
     where = f"{facts['device']}{driver}; {', '.join(named)}; {when}; {spread}."
     return f"Measured on {where}\n\n```bash\n{facts['command']}\n```"
 
