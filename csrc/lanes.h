@@ -29,7 +29,7 @@ inline __m512 load(const bf16* p, __mmask16 mask) {
 }
 inline __m512 load(const fp16* p, __mmask16 mask) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, p)); }
 
-// torch_parallel_for of torch's stable C interface: body(begin, end, context) on disjoint ranges that cover [begin, end).
+// torch_parallel_for of torch's stable C interface: body(begin, end, context) on disjoint ranges that cover the whole.
 using Body = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, Body body, void* context);
 

@@ -1,7 +1,8 @@
 // out [M,r] = a [M,K] · b [K,r], accumulated in fp32, for a tall a of float, bf16 or fp16 and a narrow fp32 b.
 //
-// ROWS rows of a are widened into a panel, PANEL columns at a time, and the sums of these rows with up to 32 columns of b
-// stay in registers from the first column of a to the last: a is read once for every 32 columns of b, out written once.
+// ROWS rows of a are widened into a panel, PANEL columns at a time, and the sums of these rows with up to 32 columns of
+// b stay in registers from the first column of a to the last: a is read once for every 32 columns of b, out written
+// once.
 // Every sum is taken in the order of K, whatever the number of threads.
 #include "lanes.h"
 
@@ -20,7 +21,7 @@ void widen(const T* a, int64_t stride_a, int64_t rows, int64_t columns, float* p
       _mm512_store_ps(panel + i * PANEL + k, load(a + i * stride_a + k, first(columns - k)));
 }
 
-// out [rows, VECTORS·16] of `r` columns that are left, rows and columns beyond masked off.
+// out [rows, VECTORS·16] from row m and column j on; rows and columns beyond those of out are not stored.
 template <typename T, int VECTORS>
 void tile(const T* a, const Product& p, int64_t rows, int64_t j, int64_t m, float* panel) {
   __mmask16 mask[VECTORS];

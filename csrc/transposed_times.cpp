@@ -14,6 +14,7 @@ constexpr int64_t PANEL = 128;
 // 16 registers hold sums: enough to cover the latency of two FMA units.
 constexpr int64_t TALL = 8;
 
+// With masks made once for a strip: with the loop of rows_times.cpp the product took longer (AMD EPYC with AVX-512).
 template <typename T>
 void widen(const T* a, int64_t stride_a, int64_t rows, const __mmask16 (&mask)[2], float* panel) {
   for (int64_t m = 0; m < rows; m++)

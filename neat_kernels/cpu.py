@@ -69,9 +69,7 @@ def rows_times(a: Tensor, b: Tensor) -> Tensor:
     """
     if a.stride(1) != 1:
         return transposed_times(a.t(), b).t().contiguous()
-    out = a.new_empty((a.shape[0], b.shape[1]), dtype=torch.float32)
-    _run(_library().rows_times, a, b, a.shape[1], out)
-    return out
+    return _run(_library().rows_times, a, b, a.shape[1], (a.shape[0], b.shape[1]))
 
 
 def transposed_times(a: Tensor, p: Tensor) -> Tensor:
@@ -89,22 +87,21 @@ def transposed_times(a: Tensor, p: Tensor) -> Tensor:
     """
     if a.stride(1) != 1:
         return rows_times(a.t(), p).t().contiguous()
-    out = a.new_empty((p.shape[1], a.shape[1]), dtype=torch.float32)
-    _run(_library().transposed_times, a, p, a.shape[0], out)
-    return out
+    return _run(_library().transposed_times, a, p, a.shape[0], (p.shape[1], a.shape[1]))
 
 
-def _run(function: Callable[..., int], a: Tensor, narrow: Tensor, terms: int, out: Tensor) -> None:
+def _run(function: Callable[..., int], a: Tensor, narrow: Tensor, terms: int, shape: tuple[int, int]) -> Tensor:
     # An operator may be called without the checks of functional, and csrc would read past the end.
     if narrow.shape[0] != terms:
         raise ValueError(f"expected {terms} rows to multiply with a of {tuple(a.shape)}, got {tuple(narrow.shape)}")
-    narrow = narrow.to(torch.float32).contiguous()
+    narrow, out = narrow.to(torch.float32).contiguous(), a.new_empty(shape, dtype=torch.float32)
     status = function(
         _library().parallel_for, _DTYPES[a.dtype], a.data_ptr(), a.stride(0), *a.shape,
         narrow.data_ptr(), narrow.shape[1], out.data_ptr(),
     )  # fmt: skip
     if status != 0:
         raise RuntimeError(f"torch_parallel_for of torch {torch.__version__} failed with status {status}")
+    return out
 
 
 def _library() -> _Library:

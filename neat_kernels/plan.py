@@ -222,17 +222,17 @@ def make_plan(
         return Plan(backend, gemm, f"{asked}; {_why_gemm(device, dtype)}{_measured_launches(device)}")
     if casts_blocks(device, dtype):
         why = f"fp32 casts of row blocks, since this CPU has no fast {_short(dtype)} GEMM"
-        return Plan(backend, "blocks", f"{asked}; {why}{_narrow_products(device)}")
+        return Plan(backend, "blocks", f"{asked}; {why}{_narrow_products(device, dtype, adapter_dtype)}")
     why = "torch's GEMM and the low-rank product add up in place"
-    return Plan(backend, "native", f"{asked}; {why}{_narrow_products(device)}")
+    return Plan(backend, "native", f"{asked}; {why}{_narrow_products(device, dtype, adapter_dtype)}")
 
 
-def _narrow_products(device: torch.device) -> str:
+def _narrow_products(device: torch.device, *dtypes: torch.dtype) -> str:
     """A clause on what multiplies r-wide matrices on a CPU."""
     if device.type != "cpu":
         return ""
-    obstacle = cpu.obstacle()
-    return f"; products of rank r by {'csrc' if obstacle is None else f'torch: {obstacle}'}"
+    obstacle = "csrc takes no float64" if torch.float64 in dtypes else cpu.obstacle()
+    return f"; products of rank r by {'csrc, where large enough' if obstacle is None else f'torch: {obstacle}'}"
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -202,6 +202,7 @@ def test_a_layer_of_common_size_is_run_by_csrc(monkeypatch):
     # S, dS and dA; Z, dD and dU.
     assert sorted(calls) == ["rows"] * 3 + ["transposed"] * 3
     assert "products of rank r by csrc" in str(layer.explain(torch.randn(1, 256)))
+    assert "by torch: csrc takes no float64" in str(layer.double().explain(torch.randn(1, 256).double()))
 
 
 @needs_csrc
