@@ -124,7 +124,7 @@ class Described:
         self._fields = vars(TensorDescriptor(like, list(shape), [stride, 1], list(block_shape)))
 
     def __call__(self, base: Tensor) -> TensorDescriptor:
-        """The descriptor of `base`, which must have this dtype, shape and stride, and be 16-byte aligned."""
+        """The descriptor of the memory of `base`, which must hold such a matrix and be 16-byte aligned."""
         descriptor = object.__new__(TensorDescriptor)
         descriptor.__dict__.update(self._fields, base=base)
         return descriptor

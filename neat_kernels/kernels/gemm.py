@@ -7,6 +7,8 @@ Reads A and B once per tile column and row of C (neighbouring tiles share them i
 kernel here takes pointers; where the tensors and the device allow it, the one in gemm_descriptor.py runs.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from neat_kernels.kernels import launch
 from neat_kernels.kernels.bound import Bound, prepared
-from neat_kernels.kernels.gemm_descriptor import GROUP_M, GemmCall, fits, gemm_descriptor
+from neat_kernels.kernels.gemm_descriptor import GROUP_M, GemmCall, fits, on_descriptors
 from neat_kernels.kernels.tiles import add_bias, low_rank_tile, store_tile
 
 
@@ -104,18 +106,18 @@ def gemm(
     C = A.new_empty((M, N))
     if C.numel() == 0:
         return C
-    place = launch.target(A.device)
     strides = (*A.stride(), *B.stride(), *Q.stride(), 1 if bias is None else bias.stride(0))
-    call = GemmCall(place, M, N, K, P.shape[1], strides, A.dtype, P.dtype, scaling, seed is not None, dropout)
-    if fits(A, B, C):
-        gemm_descriptor(A, B, P, Q, bias, seed, C, call)
-    else:
-        _prepare(call, launch.low_rank_first(place))(A, B, P, Q, bias, seed, C)
+    place, masked = launch.target(A.device), seed is not None
+    call = GemmCall(place, M, N, K, P.shape[1], strides, A.dtype, P.dtype, scaling, masked, dropout)
+    is_aligned = (A.data_ptr() | B.data_ptr() | C.data_ptr()) % 16 == 0
+    _prepare(call, is_aligned)(A, B, P, Q, bias, seed, C)
     return C
 
 
 @prepared
-def _prepare(call: GemmCall, low_rank_first: bool) -> Bound:
+def _prepare(call: GemmCall, is_aligned: bool) -> Callable[..., None]:
+    if is_aligned and fits(call):
+        return on_descriptors(call)
     place, M, N, K, r, strides, *_ = call
     config = call.config("gemm")
     return Bound(
@@ -128,7 +130,7 @@ def _prepare(call: GemmCall, low_rank_first: bool) -> Bound:
         BLOCK_K=config.block_k,
         BLOCK_R=launch.block_r(r),
         GROUP_M=GROUP_M,
-        LOW_RANK_FIRST=low_rank_first,
+        LOW_RANK_FIRST=launch.low_rank_first(place),
         DROPOUT=call.masked,
         PRECISION=launch.branch_precision(place),
         num_warps=config.num_warps,

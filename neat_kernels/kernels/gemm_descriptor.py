@@ -7,6 +7,7 @@ a tile has beyond its matrix, the hardware reads as zero and never writes. A per
 after another, so that the loads of the next run beside the stores of the last.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from neat_kernels.kernels import launch
-from neat_kernels.kernels.bound import Bound, Described, prepared
+from neat_kernels.kernels.bound import Bound, Described
 from neat_kernels.kernels.configs import NARROW, Config
 from neat_kernels.kernels.tiles import add_bias, low_rank_tile
 from neat_kernels.torch_backend.dropout import threshold as keep_threshold
@@ -70,25 +71,6 @@ def _gemm_descriptor_kernel(
         c_desc.store([first_m, first_n], acc.to(c_desc.dtype))
 
 
-def fits(A: Tensor, B: Tensor, C: Tensor) -> bool:
-    """Whether descriptors can say where A, B (or its transpose) and C lie, and the device has them."""
-    stride, along = B.stride()
-    rows_of_B = (along, stride, B.shape[0]) if stride == 1 else (stride, along, B.shape[1])
-    return (
-        launch.has_descriptors(A.device)
-        and _is_aligned(A, A.stride(0), A.stride(1), A.shape[1])
-        and _is_aligned(B, *rows_of_B)
-        and _is_aligned(C, C.stride(0), C.stride(1), C.shape[1])
-    )
-
-
-def _is_aligned(matrix: Tensor, stride: int, along: int, length: int) -> bool:
-    # Rows that overlap, as an expanded tensor's, are no matrix to the hardware.
-    return (
-        along == 1 and stride >= length > 0 and stride * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0
-    )
-
-
 class GemmCall(NamedTuple):
     """What a launch of the GEMM is prepared by, whichever of its two kernels runs; strides of A, B, Q and bias."""
 
@@ -119,18 +101,25 @@ class GemmCall(NamedTuple):
         return self.scaling / (1.0 - self.dropout), keep_threshold(self.dropout)
 
 
-def gemm_descriptor(
-    A: Tensor, B: Tensor, P: Tensor, Q: Tensor, bias: Tensor | None, seed: Tensor | None, C: Tensor, call: GemmCall
-) -> None:
-    """Write C; A, B and C must fit, C must have elements."""
-    (a_desc, b_desc, c_desc), bound = _prepare(call)
-    rows_of_B = B.t() if B.stride(0) == 1 else B
-    bound(a_desc(A), b_desc(rows_of_B), c_desc(C), P, Q, bias, seed)
+def fits(call: GemmCall) -> bool:
+    """Whether the device has descriptors, and they can say where A, B (or its transpose) and C lie.
+
+    Every base must be 16-byte aligned besides.
+    """
+    N, K, dtype = call.N, call.K, call.dtype
+    stride_am, stride_ak, stride_bk, stride_bn, *_ = call.strides
+    rows_of_B = (stride_bn, stride_bk, K) if stride_bk == 1 else (stride_bk, stride_bn, N)
+    matrices = (stride_am, stride_ak, K), rows_of_B, (N, 1, N)
+    return launch.has_descriptors(call.place) and all(_has_aligned_rows(*matrix, dtype.itemsize) for matrix in matrices)
 
 
-@prepared
-def _prepare(call: GemmCall) -> tuple[tuple[Described, Described, Described], Bound]:
-    """The descriptors of A, B by its rows and C, and the launch."""
+def _has_aligned_rows(stride: int, along: int, length: int, itemsize: int) -> bool:
+    # Rows that overlap, as an expanded tensor's, are no matrix to the hardware.
+    return along == 1 and stride >= length > 0 and stride * itemsize % 16 == 0
+
+
+def on_descriptors(call: GemmCall) -> Callable[..., None]:
+    """The launch for a call that fits, of A, B, P, Q, bias, seed and C; A, B and C must be aligned."""
     place, M, N, K, r, strides, dtype, *_ = call
     config = call.config("gemm descriptor")
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
@@ -139,12 +128,10 @@ def _prepare(call: GemmCall) -> tuple[tuple[Described, Described, Described], Bo
     stride_am, _, stride_bk, stride_bn, *rest = strides
     transposed = stride_bk == 1
     of_B = ((N, K), stride_bn, (block_n, block_k)) if transposed else ((K, N), stride_bk, (block_k, block_n))
-    descriptors = (
-        Described(dtype, (M, K), stride_am, (block_m, block_k)),
-        Described(dtype, *of_B),
-        Described(dtype, (M, N), N, (block_m, block_n)),
-    )
-    return descriptors, Bound(
+    a_desc = Described(dtype, (M, K), stride_am, (block_m, block_k))
+    b_desc = Described(dtype, *of_B)
+    c_desc = Described(dtype, (M, N), N, (block_m, block_n))
+    bound = Bound(
         _gemm_descriptor_kernel,
         (programs,),
         (M, N, K, *rest, *call.branch),
@@ -161,3 +148,8 @@ def _prepare(call: GemmCall) -> tuple[tuple[Described, Described, Described], Bo
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
+
+    def run(A: Tensor, B: Tensor, P: Tensor, Q: Tensor, bias: Tensor | None, seed: Tensor | None, C: Tensor) -> None:
+        bound(a_desc(A), b_desc(B), c_desc(C), P, Q, bias, seed)
+
+    return run

@@ -6,7 +6,7 @@ import pytest
 import torch
 from harness import check, draw, interpreter_only, use_multiprocessors, use_plan, use_seed
 
-from neat_kernels.kernels import gemm, gemm_descriptor, launch
+from neat_kernels.kernels import bound, gemm, gemm_descriptor, launch
 
 HALF, SINGLE = torch.bfloat16, torch.float32
 # Rows of 16-byte multiples in half precision; ragged against every tile.
@@ -24,12 +24,19 @@ def descriptors(monkeypatch):
     use_plan(monkeypatch, "fused")
     seen = []
 
-    def spy(A, *rest):
-        seen.append(tuple(A.shape))
-        gemm_descriptor.gemm_descriptor(A, *rest)
+    def spy(call):
+        run = gemm_descriptor.on_descriptors(call)
 
-    monkeypatch.setattr(gemm, "gemm_descriptor", spy)
-    return seen
+        def watched(A, *rest):
+            seen.append(tuple(A.shape))
+            run(A, *rest)
+
+        return watched
+
+    bound.forget()
+    monkeypatch.setattr(gemm, "on_descriptors", spy)
+    yield seen
+    bound.forget()
 
 
 @pytest.mark.parametrize("orientation", ["out", "in"])
@@ -118,6 +125,7 @@ def test_the_same_sums_as_the_kernel_on_pointers(descriptors, monkeypatch):
     ours = check(case)
     assert len(descriptors) == 2
     monkeypatch.setattr(launch, "has_descriptors", lambda device: False)
+    bound.forget()
     theirs = check(case)
     assert len(descriptors) == 2
     for name, value in ours.items():

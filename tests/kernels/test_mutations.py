@@ -236,7 +236,7 @@ MUTATIONS = [
         "c_desc.store([first_m, 0]",
         (TOKENS,),
     ),
-    Mutation("alignment of rows", "gemm_descriptor.py", "% 16 == 0 and matrix", ">= 0 and matrix", (SLICE,)),
+    Mutation("alignment of rows", "gemm_descriptor.py", "itemsize % 16 == 0", "itemsize >= 0", (SLICE,)),
     # Factors and signs.
     Mutation("scaling in y", "tiles.py", "tile = tile * scaling", "tile = tile", (FIRST,)),
     Mutation("sign of the branch", "gemm.py", "acc += low_rank_tile(", "acc -= low_rank_tile(", (LAST,)),
