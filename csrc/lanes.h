@@ -29,6 +29,9 @@ inline __m512 load(const bf16* p, __mmask16 mask) {
 }
 inline __m512 load(const fp16* p, __mmask16 mask) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, p)); }
 
+// Fetch a line of memory ahead of its use, so that memory works beside the arithmetic; a wrong address does no harm.
+inline void fetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
 // torch_parallel_for of torch's stable C interface: body(begin, end, context) on disjoint ranges that cover the whole.
 using Body = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, Body body, void* context);

@@ -2,7 +2,7 @@
 //
 // ROWS rows of a are widened into a panel, PANEL columns at a time, and the sums of these rows with up to 32 columns of
 // b stay in registers from the first column of a to the last: a is read once for every 32 columns of b, out written
-// once.
+// once. Beside the arithmetic the next panel is fetched, and b AHEAD rows before its use.
 // Every sum is taken in the order of K, whatever the number of threads.
 #include "lanes.h"
 
@@ -13,6 +13,8 @@ namespace {
 constexpr int64_t ROWS = 12;
 // 12 KiB of panel and 16 KiB of b at r = 16 fit in a first-level cache of 32 KiB.
 constexpr int64_t PANEL = 256;
+// 4 KiB of b at r = 16, a page: beyond it the hardware fetches nothing by itself.
+constexpr int64_t AHEAD = 64;
 
 template <typename T>
 void widen(const T* a, int64_t stride_a, int64_t rows, int64_t columns, float* panel) {
@@ -33,10 +35,16 @@ void tile(const T* a, const Product& p, int64_t rows, int64_t j, int64_t m, floa
   for (int64_t k0 = 0; k0 < p.K; k0 += PANEL) {
     const int64_t columns = p.K - k0 < PANEL ? p.K - k0 : PANEL;
     widen(a + k0, p.stride_a, rows, columns, panel);
+    const T* next = k0 + PANEL < p.K ? a + k0 + PANEL : a + ROWS * p.stride_a;
     for (int64_t k = 0; k < columns; k++) {
+      if (k % LANES == 0)
+        for (int i = 0; i < ROWS; i++) fetch(next + i * p.stride_a + k);
       const float* b = p.narrow + (k0 + k) * p.r + j;
       __m512 row[VECTORS];
-      for (int v = 0; v < VECTORS; v++) row[v] = load(b + v * LANES, mask[v]);
+      for (int v = 0; v < VECTORS; v++) {
+        row[v] = load(b + v * LANES, mask[v]);
+        fetch(b + AHEAD * p.r + v * LANES);
+      }
 #pragma GCC unroll 16
       for (int i = 0; i < ROWS; i++) {
         const __m512 element = _mm512_set1_ps(panel[i * PANEL + k]);

@@ -14,15 +14,16 @@ from neat_kernels.torch_backend.gemm import rows_times, transposed_times
 
 needs_csrc = pytest.mark.skipif(cpu.obstacle() is not None, reason=str(cpu.obstacle()))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Around every border of the tiles: 12 rows by 16 or 32 columns, panels of 256 and 128, strips of 32.
+# Around every border of the tiles: 12 rows by 16 or 32 columns, panels of 256; 4 rows, strips of 64, panels of 64.
 SHAPES = [
     (1, 1, 1),
     (12, 256, 16),
     (13, 257, 17),
-    (128, 32, 8),
-    (129, 33, 9),
+    (64, 64, 4),
+    (65, 65, 5),
     (11, 255, 31),
-    (127, 31, 7),
+    (63, 63, 3),
+    (130, 129, 2),
     (300, 530, 33),
     (40, 48, 64),
     (257, 65, 128),

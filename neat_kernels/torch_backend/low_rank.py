@@ -77,7 +77,7 @@ def native(x: Tensor, weight: Tensor, bias: Tensor | None, S: Tensor, U: Tensor,
         y = torch.nn.functional.linear(x, weight, bias)
         if multiplies_halves(x):
             return y.addmm_(S.to(x.dtype), U.to(x.dtype).t(), alpha=scaling)
-        return y.add_(S.float() @ U.float().t(), alpha=scaling)
+        return y.copy_(y.float().addmm_(S.float(), U.float().t(), alpha=scaling))
     # alpha inside the product keeps s·S·Uᵀ + bias at one rounding; with beta=0 the zero is never read.
     y = torch.addmm(x.new_zeros(()) if bias is None else bias, S, U.t(), beta=bias is not None, alpha=scaling)
     return y.addmm_(x, weight.t())
