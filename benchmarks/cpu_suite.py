@@ -95,7 +95,7 @@ def _run(part: str, folder: Path, seconds: float, options: argparse.Namespace) -
     except ValueError:
         shown = output
     command = [sys.executable, *PARTS[part], "--threads", str(options.threads), "--processes", str(options.processes)]
-    command += ["--output", str(shown), "--resume", "--limit", str(seconds)]
+    command += ["--output", str(shown), "--resume", "--limit", f"{seconds:.0f}"]
     done = subprocess.run(command, cwd=ROOT)
     return "complete" if done.returncode == 0 else f"failed or not complete (exit status {done.returncode})"
 
