@@ -1,9 +1,10 @@
 // out [M,r] = a [M,K] · b [K,r], accumulated in fp32, for a tall a of float, bf16 or fp16 and a narrow fp32 b.
 //
 // ROWS rows of a are widened into a panel, PANEL columns at a time, and the sums of these rows with up to 32 columns of
-// b stay in registers from the first column of a to the last: a is read once for every 32 columns of b, out written
-// once. Beside the arithmetic the next panel is fetched, and b AHEAD rows before its use.
-// Every sum is taken in the order of K, whatever the number of threads.
+// b stay in registers along the panel: a is read once for every 32 columns of b, out once for every panel. Beside the
+// arithmetic the next panel is fetched, and b AHEAD rows before its use.
+// Every sum is taken in the order of K, whatever the number of threads; that of a panel by itself, since rounding errors
+// of one long sum would be larger.
 #include "lanes.h"
 
 namespace neat {
@@ -27,15 +28,16 @@ void widen(const T* a, int64_t stride_a, int64_t rows, int64_t columns, float* p
 template <typename T, int VECTORS>
 void tile(const T* a, const Product& p, int64_t rows, int64_t j, int64_t m, float* panel) {
   __mmask16 mask[VECTORS];
-  __m512 acc[ROWS][VECTORS];
   for (int v = 0; v < VECTORS; v++) mask[v] = first(p.r - j - v * LANES);
-#pragma GCC unroll 16
-  for (int i = 0; i < ROWS; i++)
-    for (int v = 0; v < VECTORS; v++) acc[i][v] = _mm512_setzero_ps();
-  for (int64_t k0 = 0; k0 < p.K; k0 += PANEL) {
+  // Once where a has no column, since a sum of nothing is zero.
+  for (int64_t k0 = 0; k0 == 0 || k0 < p.K; k0 += PANEL) {
     const int64_t columns = p.K - k0 < PANEL ? p.K - k0 : PANEL;
     widen(a + k0, p.stride_a, rows, columns, panel);
     const T* next = k0 + PANEL < p.K ? a + k0 + PANEL : a + ROWS * p.stride_a;
+    __m512 acc[ROWS][VECTORS];
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; i++)
+      for (int v = 0; v < VECTORS; v++) acc[i][v] = _mm512_setzero_ps();
     for (int64_t k = 0; k < columns; k++) {
       if (k % LANES == 0)
         for (int i = 0; i < ROWS; i++) fetch(next + i * p.stride_a + k);
@@ -51,12 +53,13 @@ void tile(const T* a, const Product& p, int64_t rows, int64_t j, int64_t m, floa
         for (int v = 0; v < VECTORS; v++) acc[i][v] = _mm512_fmadd_ps(element, row[v], acc[i][v]);
       }
     }
-  }
 #pragma GCC unroll 16
-  for (int i = 0; i < ROWS; i++)
-    if (i < rows)
-      for (int v = 0; v < VECTORS; v++)
-        _mm512_mask_storeu_ps(p.out + (m + i) * p.r + j + v * LANES, mask[v], acc[i][v]);
+    for (int i = 0; i < ROWS; i++)
+      for (int v = 0; i < rows && v < VECTORS; v++) {
+        float* sum = p.out + (m + i) * p.r + j + v * LANES;
+        _mm512_mask_storeu_ps(sum, mask[v], _mm512_add_ps(load(sum, k0 == 0 ? 0 : mask[v]), acc[i][v]));
+      }
+  }
 }
 
 template <typename T>

@@ -3,7 +3,8 @@
 // A thread owns strips of STRIP columns of a. A panel of them is widened PANEL rows at a time, and the sums of up to
 // TALL rows of out with it stay in registers down the panel: a is read once, out once for every panel. Beside the
 // arithmetic the next strip is fetched.
-// Every sum is taken in the order of M, whatever the number of threads.
+// Every sum is taken in the order of M, whatever the number of threads; that of a panel by itself, since rounding errors
+// of one long sum would be larger.
 #include "lanes.h"
 
 namespace neat {
@@ -24,14 +25,14 @@ void widen(const T* a, int64_t stride_a, int64_t rows, const __mmask16 (&mask)[V
       _mm512_store_ps(panel + m * STRIP + v * LANES, load(a + m * stride_a + v * LANES, mask[v]));
 }
 
-// J rows of out, continued from what stands there unless this is the first panel. `next` is the strip to fetch.
+// J rows of out, added to what stands there unless this is the first panel. `next` is the strip to fetch.
 template <typename T, int J>
 void tile(const float* panel, int64_t rows, const float* p, const Product& g, float* out,
           const __mmask16 (&mask)[VECTORS], bool is_first, const T* next) {
   __m512 acc[J][VECTORS];
 #pragma GCC unroll 16
   for (int j = 0; j < J; j++)
-    for (int v = 0; v < VECTORS; v++) acc[j][v] = load(out + j * g.K + v * LANES, is_first ? 0 : mask[v]);
+    for (int v = 0; v < VECTORS; v++) acc[j][v] = _mm512_setzero_ps();
   for (int64_t m = 0; m < rows; m++) {
     for (int v = 0; v < VECTORS; v++) fetch(next + m * g.stride_a + v * LANES);
     __m512 row[VECTORS];
@@ -44,7 +45,10 @@ void tile(const float* panel, int64_t rows, const float* p, const Product& g, fl
   }
 #pragma GCC unroll 16
   for (int j = 0; j < J; j++)
-    for (int v = 0; v < VECTORS; v++) _mm512_mask_storeu_ps(out + j * g.K + v * LANES, mask[v], acc[j][v]);
+    for (int v = 0; v < VECTORS; v++) {
+      float* sum = out + j * g.K + v * LANES;
+      _mm512_mask_storeu_ps(sum, mask[v], _mm512_add_ps(load(sum, is_first ? 0 : mask[v]), acc[j][v]));
+    }
 }
 
 template <typename T>

@@ -75,6 +75,19 @@ def test_both_products(shape, layout, dtype):
 
 
 @needs_csrc
+@pytest.mark.parametrize("function", [cpu.rows_times, cpu.transposed_times])
+def test_long_sums_are_as_accurate_as_those_of_torch(function):
+    """A sum of 8,192 terms one after the other has six times the error."""
+    terms, others = 8192, 64
+    a, narrow = torch.randn(others, terms), torch.randn(terms, 16)
+    left = a if function is cpu.rows_times else narrow.t()
+    right = narrow if function is cpu.rows_times else a.t().contiguous()
+    exact = left.double() @ right.double()
+    ours = function(a, narrow) if function is cpu.rows_times else function(right, narrow)
+    assert (ours - exact).norm() <= 2 * (left @ right - exact).norm()
+
+
+@needs_csrc
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_widening_is_exact(dtype):
     """Every half number there is, subnormal ones and infinities too."""
