@@ -8,7 +8,6 @@ Several adapters without dropout are one branch: D = [D_1, D_2, …], U = [s_1·
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -33,8 +32,7 @@ class Branch(NamedTuple):
         return self.up if self.scaling == 1.0 else self.up * self.scaling
 
 
-@dataclass(frozen=True)
-class Network:
+class Network(NamedTuple):
     """One Neat adapter of a layer.
 
     Args:
@@ -77,8 +75,7 @@ class Network:
         return Branch(*arrange(self.orientation, features, self.B), self.scaling, self.dropout)
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """How the fused path computes.
 
     Args:
@@ -95,17 +92,18 @@ class Settings:
         return {"compute_dtype": self.compute_dtype if half else None, "backend": self.backend}
 
 
-@dataclass(frozen=True)
-class Route:
+class Route(NamedTuple):
     """How a layer reaches its base: `weight` where x·Wᵀ is part of the operator, else the base is called.
 
     Args:
+        base: the layer that holds W.
         features: H of a network.
         weight: W [N,K]; None where the base must be called.
         bias: the base's.
         why: why it must be called, in words.
     """
 
+    base: nn.Module
     features: Callable[[Network], Tensor]
     weight: Tensor | None
     bias: Tensor | None
@@ -122,14 +120,14 @@ def route(layer: Any, settings: Settings) -> Route | str:
             return functional.neat_features(weight, network.A, **network.shape, backend=settings.backend)
 
         if base is not layer.base_layer:
-            return Route(features, None, None, "another adapter lies between")
+            return Route(base, features, None, None, "another adapter lies between")
         if is_only_called(base):
-            return Route(features, None, None, "hooks hang on it")
-        return Route(features, weight, base.bias)
+            return Route(base, features, None, None, "hooks hang on it")
+        return Route(base, features, weight, base.bias)
     packed = packed_weight(base)
     if packed is not None:
         read = "dequantised whole" if packed.whole else "dequantised in row blocks"
-        return Route(lambda n: packed_features(base, n.A, **n.shape), None, None, f"{packed.kind}, {read}")
+        return Route(base, lambda n: packed_features(base, n.A, **n.shape), None, None, f"{packed.kind}, {read}")
     return _obstacle(base)
 
 

@@ -174,7 +174,7 @@ class FusedNetworks(FusedLayer):
         """The adapters as one branch, where nothing is trained and the features may be kept."""
         if self.training or torch.is_grad_enabled():
             return None
-        parameters = self._feature_parameters(networks)
+        parameters = self._feature_parameters(networks, way.base)
         if not self._neat_cache.usable(parameters):
             return None
         dtype = self._settings().for_tokens(x)["compute_dtype"] or autocast_dtype(x)
@@ -190,16 +190,16 @@ class FusedNetworks(FusedLayer):
             factors = self._neat_cache.put(parameters, key, (down, up))
         return [Branch(*factors, 1.0, 0.0)]
 
-    def _feature_parameters(self, networks: list[Network]) -> tuple[Tensor, ...]:
+    def _feature_parameters(self, networks: list[Network], base: nn.Module) -> tuple[Tensor, ...]:
         # A quantised W changes in no way but through merge(), unmerge() and _apply(), which drop the cache.
-        weight = getattr(self.get_base_layer(), "weight", None)
+        weight = getattr(base, "weight", None)
         own = tuple(p for network in networks for p in network.parameters)
         return (weight, *own) if type(weight) is nn.Parameter else own
 
     def invalidate(self) -> None:
         """Drop cached features; needed after parameters were written through `.data`, which no version counter sees."""
         names = [name for name in self._fused_names() if self._obstacle(name) is None]
-        self._neat_cache.reset(self._feature_parameters([self._network(name) for name in names]))
+        self._neat_cache.reset(self._feature_parameters([self._network(name) for name in names], self.get_base_layer()))
 
     def train(self, mode: bool = True) -> FusedNetworks:
         """Set the training mode and drop cached features."""
