@@ -38,7 +38,7 @@ class Preset:
 
 
 PRESETS = {
-    "quick": Preset(processes=3, seconds=0.2, limit=165, apart=False, contenders=_QUICK),
+    "quick": Preset(processes=5, seconds=0.2, limit=165, apart=False, contenders=_QUICK),
     "full": Preset(processes=5, seconds=1.0, limit=6 * 3600, apart=True, contenders=_ALL),
 }
 
