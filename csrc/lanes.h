@@ -32,6 +32,11 @@ inline __m512 load(const fp16* p, __mmask16 mask) { return _mm512_cvtph_ps(_mm25
 // Fetch a line of memory ahead of its use, so that memory works beside the arithmetic; a wrong address does no harm.
 inline void fetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
+// sum += acc in the masked lanes, or sum = acc where it is the first.
+inline void add_to(float* sum, __mmask16 mask, __m512 acc, bool is_first) {
+  _mm512_mask_storeu_ps(sum, mask, _mm512_add_ps(load(sum, is_first ? 0 : mask), acc));
+}
+
 // torch_parallel_for of torch's stable C interface: body(begin, end, context) on disjoint ranges that cover the whole.
 using Body = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, Body body, void* context);

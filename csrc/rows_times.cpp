@@ -12,7 +12,7 @@ namespace {
 
 // 24 registers hold sums: enough to cover the latency of two FMA units, and 8 are left for operands.
 constexpr int64_t ROWS = 12;
-// 12 KiB of panel and 16 KiB of b at r = 16 fit in a first-level cache of 32 KiB.
+// 12 KiB of panel, as much of the next one at most and what is fetched of b fit in a first-level cache of 32 KiB.
 constexpr int64_t PANEL = 256;
 // 4 KiB of b at r = 16, a page: beyond it the hardware fetches nothing by itself.
 constexpr int64_t AHEAD = 64;
@@ -55,10 +55,8 @@ void tile(const T* a, const Product& p, int64_t rows, int64_t j, int64_t m, floa
     }
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; i++)
-      for (int v = 0; i < rows && v < VECTORS; v++) {
-        float* sum = p.out + (m + i) * p.r + j + v * LANES;
-        _mm512_mask_storeu_ps(sum, mask[v], _mm512_add_ps(load(sum, k0 == 0 ? 0 : mask[v]), acc[i][v]));
-      }
+      if (i < rows)
+        for (int v = 0; v < VECTORS; v++) add_to(p.out + (m + i) * p.r + j + v * LANES, mask[v], acc[i][v], k0 == 0);
   }
 }
 

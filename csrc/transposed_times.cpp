@@ -12,7 +12,7 @@ namespace {
 
 constexpr int VECTORS = 4;
 constexpr int64_t STRIP = VECTORS * LANES;
-// 16 KiB of panel and 4 KiB of p at r = 16 fit in a first-level cache of 32 KiB.
+// 16 KiB of panel, 8 KiB of the next one in half precision and 4 KiB of p at r = 16 fit in a first-level cache of 32 KiB.
 constexpr int64_t PANEL = 64;
 // 16 registers hold sums: enough to cover the latency of two FMA units.
 constexpr int64_t TALL = 4;
@@ -45,10 +45,7 @@ void tile(const float* panel, int64_t rows, const float* p, const Product& g, fl
   }
 #pragma GCC unroll 16
   for (int j = 0; j < J; j++)
-    for (int v = 0; v < VECTORS; v++) {
-      float* sum = out + j * g.K + v * LANES;
-      _mm512_mask_storeu_ps(sum, mask[v], _mm512_add_ps(load(sum, is_first ? 0 : mask[v]), acc[j][v]));
-    }
+    for (int v = 0; v < VECTORS; v++) add_to(out + j * g.K + v * LANES, mask[v], acc[j][v], is_first);
 }
 
 template <typename T>

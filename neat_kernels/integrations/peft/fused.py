@@ -71,9 +71,8 @@ class FusedLayer(nn.Module):
         way = self._route(names)
         if isinstance(way, str):
             return f"PEFT's own forward: {way}"
-        base = self.get_base_layer()
         r, dtype = self._rank_and_dtype(names)
-        out_features, in_features = matrix_shape(base)
+        out_features, in_features = matrix_shape(way.base)
         plan = make_plan(self._settings().backend, x.device, autocast_dtype(x), dtype, r, in_features, out_features)
         if way.weight is None:
             return f"the base layer is called ({way.why}), the branch is added: backend={plan.backend}"
