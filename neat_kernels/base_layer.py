@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
+
 import torch
 from torch import Tensor, nn
 
@@ -37,6 +40,34 @@ def carry_hooks(source: nn.Module, target: nn.Module) -> None:
     """
     for name in _HOOKS:
         target.__dict__[name] = source.__dict__[name]
+
+
+class Replaced:
+    """The module that an adapted layer has replaced, without its weight and bias.
+
+    They would stay alive where the layer gets others: under FSDP2 every process would keep the whole of W.
+
+    Args:
+        linear: the module, which is not kept alive itself.
+    """
+
+    def __init__(self, linear: nn.Module) -> None:
+        self._module = weakref.ref(linear)
+        self._shell = copy.copy(linear)
+        self._shell.__dict__["_parameters"] = {**linear._parameters, "weight": None, "bias": None}
+
+    def restored(self, weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Module:
+        """The module itself if somebody still holds it, else one like it, with these parameters."""
+        linear = self._module()
+        if linear is None:
+            linear = copy.copy(self._shell)
+            linear.__dict__["_parameters"] = dict(self._shell._parameters)
+        linear.weight, linear.bias = weight, bias  # type: ignore[assignment]
+        return linear
+
+    def __reduce__(self) -> tuple[type[Replaced], tuple[nn.Module]]:
+        # A copy of the layer has replaced no module that there is.
+        return Replaced, (self._shell,)
 
 
 def adapter_dtype(weight_dtype: torch.dtype) -> torch.dtype:

@@ -77,15 +77,17 @@ class FeatureCache:
         self.drop()
         self._trusted = ()
 
+    def trusts(self, parameters: tuple[Tensor, ...]) -> bool:
+        """Whether these are the parameters that the layer itself put in place."""
+        return len(parameters) == len(self._trusted) and all(
+            ref() is p for ref, p in zip(self._trusted, parameters, strict=True)
+        )
+
     def usable(self, parameters: tuple[Tensor, ...]) -> bool:
         """Whether the cache may be read and written for these parameters, here and now."""
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or _is_traced():
             return False
-        if len(parameters) != len(self._trusted) or any(
-            ref() is not p for ref, p in zip(self._trusted, parameters, strict=True)
-        ):
-            return False
-        if any(p.is_inference() for p in parameters):
+        if not self.trusts(parameters) or any(p.is_inference() for p in parameters):
             return False
         return not (parameters[0].is_cuda and torch.cuda.is_current_stream_capturing())
 
@@ -140,3 +142,17 @@ class ReusedFeatures:
         """Carry the collected dH through the features' backward into the gradients of A and the chain."""
         if self.leaf.grad is not None:
             torch.autograd.backward(self.features, self.leaf.grad)
+
+
+def refuse_reuse_in_parallel(layer: nn.Module) -> None:
+    """Raise where a layer with reused features runs as a replica or inside DistributedDataParallel."""
+    if getattr(layer, "_is_replica", False):
+        raise RuntimeError(
+            "reuse_features() cannot be used under nn.DataParallel, whose replicas have parameters of their own"
+        )
+    # Set during its forward; torch's compiler asks for it too.
+    if getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None) is not None:
+        raise RuntimeError(
+            "reuse_features() cannot be used under DistributedDataParallel, which does not reduce the gradients that "
+            "are written at the end of the block"
+        )

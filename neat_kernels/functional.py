@@ -22,6 +22,7 @@ from neat_kernels.vocabulary import (
     check_compute_dtype,
     check_dropout,
     check_scaling,
+    is_sharded,
 )
 
 __all__ = ["low_rank_add", "low_rank_linear", "neat_features", "neat_linear"]
@@ -266,6 +267,11 @@ def low_rank_add(
 
 
 def _check_weight(weight: Tensor) -> None:
+    if is_sharded(weight):
+        raise ValueError(
+            "weight must be whole in this process, got a DTensor: under fully_shard() call the model that holds the "
+            "layer, which gathers it, or unshard() its module"
+        )
     if weight.ndim != 2:
         raise ValueError(f"weight must be [out_features, in_features], got shape {tuple(weight.shape)}")
     _check_float("weight", weight)
@@ -273,7 +279,8 @@ def _check_weight(weight: Tensor) -> None:
         raise ValueError("weight must hold data, got a tensor on the meta device")
     if weight.requires_grad:
         raise ValueError(
-            "weight must be frozen, got requires_grad=True: its gradient is never computed; call requires_grad_(False)"
+            "weight must be frozen, got requires_grad=True: its gradient is never computed; call "
+            "requires_grad_(False), and shard with fully_shard(), since FSDP1 flattens what is frozen and what is not"
         )
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from neat_kernels import functional, inference
-from neat_kernels.base_layer import adapter_dtype, as_matrix, checked_weight
-from neat_kernels.cache import Factors, FeatureCache, ReusedFeatures
+from neat_kernels.base_layer import Replaced, adapter_dtype, as_matrix, checked_weight
+from neat_kernels.cache import Factors, FeatureCache, ReusedFeatures, refuse_reuse_in_parallel
 from neat_kernels.merge import merge
 from neat_kernels.options import LayerOptions
 from neat_kernels.plan import Plan, make_plan
@@ -61,7 +61,7 @@ class FusedNeatLinear(nn.Module):
     dropout: float
     compute_dtype: torch.dtype | None
     backend: str
-    _original: nn.Module | None
+    _replaced: Replaced
     _unmerged: nn.Parameter | None
 
     def __init__(
@@ -153,12 +153,12 @@ class FusedNeatLinear(nn.Module):
         _check_dtype(dtype)
         layer = cls.__new__(cls)
         layer._setup(linear, options, dtype or adapter_dtype(weight.dtype))
-        layer._hold(_original=linear)
         return layer.train(linear.training)
 
     def _setup(self, linear: nn.Module, options: LayerOptions, adapter_dtype: torch.dtype | None = None) -> None:
         nn.Module.__init__(self)
-        self._hold(_original=None, _unmerged=None)
+        self._replaced = Replaced(linear)
+        self._keep_unmerged(None)
         self.transposed = not isinstance(linear, nn.Linear)
         self.weight, self.bias = linear.weight, linear.bias  # type: ignore[assignment]
         self.weight.requires_grad_(False)
@@ -275,7 +275,7 @@ class FusedNeatLinear(nn.Module):
             raise RuntimeError("expected an unmerged layer, got a merged one: call unmerge() first")
         with torch.inference_mode(False):
             merged = nn.Parameter(self.merged_weight(rounding=rounding, seed=seed), requires_grad=False)
-        self._hold(_unmerged=self.weight)
+        self._keep_unmerged(self.weight)
         self.weight = merged
         self.invalidate()
 
@@ -288,7 +288,7 @@ class FusedNeatLinear(nn.Module):
         if self._unmerged is None:
             raise RuntimeError("expected a merged layer, got an unmerged one: call merge() first")
         self.weight = self._unmerged
-        self._hold(_unmerged=None)
+        self._keep_unmerged(None)
         self.invalidate()
 
     @torch.no_grad()
@@ -310,12 +310,8 @@ class FusedNeatLinear(nn.Module):
         return as_matrix(merged, self.transposed)
 
     def plain_linear(self, weight: nn.Parameter) -> nn.Module:
-        """The original module (a new nn.Linear for a layer made from sizes) with `weight` and this layer's bias."""
-        linear = self._original
-        if linear is None:
-            linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        linear.weight, linear.bias = weight, self.bias  # type: ignore[assignment]
-        return linear.train(self.training)
+        """The module that was adapted, or one like it if nothing else holds it, with `weight` and this layer's bias."""
+        return self._replaced.restored(weight, self.bias).train(self.training)
 
     def invalidate(self) -> None:
         """Drop cached features; needed after parameters were written through `.data`, which no version counter sees."""
@@ -387,10 +383,7 @@ class FusedNeatLinear(nn.Module):
         if not self._features_are_given(parameters):
             return None
         if self._reused is not None:
-            if getattr(self, "_is_replica", False):
-                raise RuntimeError(
-                    "reuse_features() cannot be used under nn.DataParallel, whose replicas have parameters of their own"
-                )
+            refuse_reuse_in_parallel(self)
             return self._as_factors(self._reused.checked(parameters), self.neat_B)
         dtype = self.compute_dtype or autocast_dtype(x)
         key = (dtype, self.orientation, self.activation)
@@ -413,9 +406,9 @@ class FusedNeatLinear(nn.Module):
         if self.training and torch.is_grad_enabled() and any(p.requires_grad for p in self._feature_parameters()):
             raise RuntimeError("a merged layer cannot train its adapter: call unmerge() first, or eval() for inference")
 
-    def _hold(self, **references: nn.Module | nn.Parameter | None) -> None:
-        # Past nn.Module.__setattr__, which would register the original module and the unmerged W a second time.
-        self.__dict__.update(references)
+    def _keep_unmerged(self, weight: nn.Parameter | None) -> None:
+        # Past nn.Module.__setattr__, which would register W a second time.
+        self.__dict__["_unmerged"] = weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedNeatLinear:
         self._cache.forget()
@@ -459,9 +452,6 @@ def _check_dtype(dtype: torch.dtype | None) -> None:
 
 def _after_load(layer: nn.Module, incompatible_keys: Any) -> None:
     assert isinstance(layer, FusedNeatLinear)
-    if layer._original is not None:
-        # assign=True puts new parameters in place; the original module must not keep the old ones alive.
-        layer.plain_linear(layer.base_weight)
     layer.invalidate()
 
 

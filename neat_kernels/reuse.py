@@ -22,17 +22,19 @@ def reuse_features(model: nn.Module) -> Iterator[None]:
 
     For gradient accumulation: dH is collected over the micro-batches and goes through the features' backward once,
     when the block ends; only then do A and the chain have their gradients. Take no optimizer step inside, and no
-    zero_grad(), which would clear B's gradient but not the collected dH. DistributedDataParallel does not see these
-    late gradients.
+    zero_grad(), which would clear B's gradient but not the collected dH. What reduces gradients over processes in the
+    backward does not see these late ones: FSDP and DistributedDataParallel are refused.
 
     Args:
         model: a model with FusedNeatLinear layers, or one such layer.
 
     Raises:
         ValueError: `model` has no FusedNeatLinear layer.
-        RuntimeError: blocks are nested, or a parameter changes inside.
+        RuntimeError: blocks are nested, a parameter changes inside, or the model is parallel: sharded parameters are
+            refused here, a DistributedDataParallel at the first forward inside.
     """
-    layers = [layer for _, layer in neat_layers(model) if not layer.merged]
+    named = [(name, layer) for name, layer in neat_layers(model) if not layer.merged]
+    layers = [layer for _, layer in named]
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             "reuse_features() is for training; in inference mode an eval() model caches its features by itself"
@@ -41,6 +43,8 @@ def reuse_features(model: nn.Module) -> Iterator[None]:
         raise ValueError("expected a model with unmerged FusedNeatLinear layers, got none")
     if any(layer._reused is not None for layer in layers):
         raise RuntimeError("reuse_features() blocks cannot be nested")
+    for name, layer in named:
+        _check_own_parameters(name or "the layer", layer)
     steps = register_optimizer_step_post_hook(functools.partial(_invalidate_stepped, layers))
     try:
         for layer in layers:
@@ -58,6 +62,15 @@ def reuse_features(model: nn.Module) -> Iterator[None]:
         steps.remove()
         for layer in layers:
             layer._reused = None
+
+
+def _check_own_parameters(name: str, layer: FusedNeatLinear) -> None:
+    if not layer._cache.trusts(layer._feature_parameters()):
+        raise RuntimeError(
+            f"{name}: expected the parameters that the layer was made, moved or loaded with, got others; FSDP, which "
+            "puts its own in place, would not reduce the gradients that are written at the end of the block; "
+            "after an assignment of yours call invalidate()"
+        )
 
 
 def _invalidate_stepped(

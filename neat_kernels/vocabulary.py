@@ -76,3 +76,8 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     if x.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return x.dtype
+
+
+def is_sharded(t: Tensor) -> bool:
+    """Whether a tensor is a part of one that several processes hold, told without importing torch.distributed."""
+    return type(t).__name__ == "DTensor"

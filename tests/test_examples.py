@@ -12,7 +12,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 MAX_LINES = 80
 
 
-def run(script: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+def run(script: Path, folder: Path, *launcher: str) -> subprocess.CompletedProcess[str]:
     # One thread: the examples are small, and other tests run beside them.
     environment = {
         **os.environ,
@@ -21,9 +21,8 @@ def run(script: Path, folder: Path) -> subprocess.CompletedProcess[str]:
         "HF_HUB_OFFLINE": "1",
         "PYTHONUTF8": "1",
     }
-    return subprocess.run(
-        [sys.executable, str(script)], cwd=folder, env=environment, capture_output=True, text=True, encoding="utf-8"
-    )
+    command = [sys.executable, *launcher, str(script)]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, encoding="utf-8")
 
 
 def test_there_are_examples():
@@ -36,6 +35,13 @@ def test_example_runs(script, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
     assert not list(tmp_path.iterdir()), "an example leaves no files behind"
+
+
+def test_the_sharded_example_runs_in_two_processes(tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = run(ROOT / "examples" / "06_fully_shard.py", tmp_path, *launcher)
+    assert done.returncode == 0, done.stderr
+    assert "2 process(es)" in done.stdout
 
 
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda script: script.stem)

@@ -181,6 +181,14 @@ def test_refused_before_anything_is_trained(case, folder, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_several_processes_are_refused(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = run(folder, tmp_path / "out")
+    assert result.exit_code == 2
+    assert "expected to be started as one process, got WORLD_SIZE=2" in result.output
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("given", [(), ("--model",), ("--data",)])
 def test_a_language_model_needs_a_model_and_data(folder, given):
     paths = {"--model": folder / "llama", "--data": folder / "texts.txt"}

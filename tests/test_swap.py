@@ -73,7 +73,8 @@ class State:
     """Everything of a model that a refusal must leave alone."""
 
     def __init__(self, model):
-        self.modules = [(name, id(m), type(m)) for name, m in model.named_modules(remove_duplicate=False)]
+        # Held, since an adapted layer holds the module that it has replaced as weakly as anything.
+        self.modules = [(name, m) for name, m in model.named_modules(remove_duplicate=False)]
         self.parameters = [
             (name, id(p), p.requires_grad, p._version) for name, p in model.named_parameters(remove_duplicate=False)
         ]

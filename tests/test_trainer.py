@@ -10,7 +10,7 @@ from torch import nn
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from trainer_problem import WAYS, Texts, adapted, trained, trainer_of  # noqa: E402
+from trainer_problem import SGD, WAYS, Texts, adapted, loop, trained, trainer_of  # noqa: E402
 
 from neat_kernels.integrations.peft import accelerate  # noqa: E402
 from neat_kernels.integrations.trainer import NeatCallback  # noqa: E402
@@ -18,9 +18,6 @@ from neat_kernels.integrations.trainer import NeatCallback  # noqa: E402
 pytestmark = pytest.mark.usefixtures("frozen_garbage")
 
 NAMES = ("llama", "roberta")
-
-
-SGD = {"optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0}
 
 
 def assert_same(ours, expected, **tolerance):
@@ -35,23 +32,6 @@ def assert_equal(ours, expected):
 
 def moved(model, before):
     return {name for name, p in trained(model).items() if not torch.equal(p, before[name])}
-
-
-def loop(model, data, steps=3, batch=4, dtype=None):
-    """Plain steepest descent, as SGD asks the Trainer for, over the data in order."""
-    model.train()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=SGD["learning_rate"])
-    losses = []
-    for step in range(steps):
-        rows = [data[i] for i in range(step * batch, (step + 1) * batch)]
-        inputs = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
-            loss = model(**inputs).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
 
 
 def mean_over_all(outputs, labels, num_items_in_batch=None):

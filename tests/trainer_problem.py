@@ -9,6 +9,7 @@ import neat_kernels as nk
 
 WAYS = ("peanut", "neat", "fused")
 TARGETS = {"llama": ["q_proj", "v_proj", "down_proj"], "roberta": ["query", "value"]}
+SGD = {"optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0}
 
 
 class Texts(Dataset):
@@ -89,6 +90,23 @@ def trainer_of(model, output_dir, data, trainer=None, **arguments):
     }
     given = transformers.TrainingArguments(**options)
     return transformers.Trainer(model, given, train_dataset=data, **(trainer or {}))
+
+
+def loop(model, data, steps=3, batch=4, dtype=None):
+    """Plain steepest descent, as SGD asks the Trainer for, over the data in order."""
+    model.train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=SGD["learning_rate"])
+    losses = []
+    for step in range(steps):
+        rows = [data[i] for i in range(step * batch, (step + 1) * batch)]
+        inputs = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            loss = model(**inputs).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
 
 
 def trained(model):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from neat_kernels.adapters.errors import AdapterError
-from neat_kernels.vocabulary import wide_dtype
+from neat_kernels.vocabulary import is_sharded, wide_dtype
 
 _BLOCK_BYTES = 1 << 26
 
@@ -36,6 +37,12 @@ def fingerprint(*tensors: Tensor | None) -> str:
         for block in rows.split(step):
             digest.update(memoryview(block.to(dtype).cpu().contiguous().view(torch.uint8).numpy()).cast("B"))
     return digest.hexdigest()
+
+
+def gathered(name: str, tensor: Tensor) -> Tensor:
+    """The tensor, or what the processes that share it hold of it, which must all call this; else AdapterError."""
+    whole = cast(Any, tensor.detach()).full_tensor() if is_sharded(tensor) else tensor
+    return check_plain(name, whole)
 
 
 def check_plain(name: str, tensor: Tensor) -> Tensor:

@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from neat_kernels.adapters.description import Description
 from neat_kernels.adapters.errors import AdapterError
-from neat_kernels.adapters.fingerprint import check_plain, fingerprint
+from neat_kernels.adapters.fingerprint import fingerprint, gathered
 from neat_kernels.adapters.match import CLASSIFIER_HEADS
 from neat_kernels.adapters.names import ADAPTED, clean, named_modules, unwrapped
 from neat_kernels.adapters.swap import modules_to_save
 from neat_kernels.layer import FusedNeatLinear
 from neat_kernels.lora_layer import FusedLoraLinear
 from neat_kernels.options import LayerOptions
+from neat_kernels.vocabulary import is_sharded
 
 Layer = FusedNeatLinear | FusedLoraLinear
 
@@ -50,13 +52,18 @@ class Inventory:
                 yield f"{name}.{clean(key)}", value
         yield from self.trained.items()
 
+    def is_first(self) -> bool:
+        """Whether no process before this one holds shards of the adapted layers."""
+        weights = [layer.base_weight for layer in self.layers.values()]
+        return not any(any(cast(Any, W).device_mesh.get_coordinate() or ()) for W in weights if is_sharded(W))
+
     def fingerprints(self) -> dict[str, str]:
         """The hash of each base weight and of its bias, unless that is trained."""
         trained = {id(p) for p in self.trained.values()}
         found = {}
         for name, layer in self.layers.items():
-            bias = None if layer.bias is None or id(layer.bias) in trained else check_plain(f"{name}.bias", layer.bias)
-            found[name] = fingerprint(check_plain(f"{name}.weight", layer.base_weight), bias)
+            bias = None if layer.bias is None or id(layer.bias) in trained else gathered(f"{name}.bias", layer.bias)
+            found[name] = fingerprint(gathered(f"{name}.weight", layer.base_weight), bias)
         return found
 
 
@@ -120,7 +127,7 @@ def tied_outside(modules: dict[str, nn.Module], model: nn.Module) -> list[str]:
 
 def copied(name: str, value: Tensor) -> Tensor:
     """A contiguous copy on the CPU; AdapterError where the values are elsewhere or not finite."""
-    copy = check_plain(name, value).detach().cpu().clone(memory_format=torch.contiguous_format)
+    copy = gathered(name, value).detach().cpu().clone(memory_format=torch.contiguous_format)
     if copy.is_floating_point() and not copy.isfinite().all():
         raise AdapterError(f"{name}: expected finite values, got NaN or infinity; such an adapter could not be loaded")
     return copy

@@ -51,7 +51,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, overwrite:
 
     Where PEFT's PEANUT can express the adapter, the folder is one that `PeftModel.from_pretrained` loads; otherwise its
     type is NEAT. The file holds the adapters, `modules_to_save`, other parameters that are trainable, and a hash of
-    each base weight. The folder is there whole or not at all.
+    each base weight. The folder is there whole or not at all. Where fully_shard() has sharded the model, every process
+    calls this: one tensor after the other is gathered, and the first process writes.
 
     Args:
         model: a model with Neat layers inside, merged or not.
@@ -89,7 +90,7 @@ def write_adapter(
     inventory: Inventory,
     reasons: Sequence[str] = (),
 ) -> None:
-    """The three files of an adapter, whole or not at all.
+    """The three files of an adapter, whole or not at all; of the processes that share a sharded model the first writes.
 
     Args:
         folder: checked by `check_destination`.
@@ -102,6 +103,8 @@ def write_adapter(
         OSError: they cannot be written.
     """
     metadata = {"version": __version__, "base": inventory.fingerprints()}
+    if not inventory.is_first():
+        return
     with whole_folder(folder) as temporary:
         write_json(temporary / CONFIG_FILE, config)
         write_tensors(temporary / WEIGHTS_FILE, tensors, {METADATA: json.dumps(metadata)})

@@ -16,6 +16,7 @@ from neat_kernels.base_layer import carry_hooks
 from neat_kernels.layer import FusedNeatLinear, neat_layers
 from neat_kernels.merge import SEEDS, check_rounding, draw_seed
 from neat_kernels.options import LayerOptions
+from neat_kernels.vocabulary import is_sharded
 
 Model = TypeVar("Model", bound=nn.Module)
 Adapt = Callable[[nn.Module, LayerOptions], nn.Module]
@@ -96,7 +97,7 @@ def remove_neat(model: Model) -> Model:
         The same model; the adapters are gone. Biases and `modules_to_save` that were trained keep their values.
 
     Raises:
-        ValueError: the model has no Neat layer.
+        ValueError: the model has no Neat layer, or is sharded.
     """
     for names, layer in _neat_layers_by_name(model):
         linear = _restore(layer, layer.base_weight)
@@ -202,6 +203,10 @@ def _neat_layers_by_name(model: nn.Module) -> list[tuple[list[str], FusedNeatLin
     layers = [(names[id(layer)], layer) for _, layer in neat_layers(model)]
     if not layers:
         raise ValueError("expected a model with Neat layers inside, got none")
+    if sharded := [name for name, layer in neat_layers(model) if is_sharded(layer.base_weight)]:
+        raise ValueError(
+            f"{sharded[0]}: expected a weight that is whole in this process, got a DTensor of fully_shard()"
+        )
     return layers
 
 

@@ -31,7 +31,7 @@ from neat_kernels.integrations.peft.merging import (
     unmerge,
 )
 from neat_kernels.plan import make_plan
-from neat_kernels.vocabulary import autocast_dtype
+from neat_kernels.vocabulary import autocast_dtype, is_sharded
 
 
 class FusedLayer(nn.Module):
@@ -243,7 +243,7 @@ def hangs_on(*linears: nn.Module) -> str | None:
     for linear in linears:
         if type(linear) is not nn.Linear:
             return f"a part of it is a {type(linear).__name__}, not nn.Linear"
-        if type(linear.weight).__name__ == "DTensor":
+        if is_sharded(linear.weight):
             return "a part of it is sharded"
         if is_hooked_part(linear):
             return "hooks hang on a part of it"
