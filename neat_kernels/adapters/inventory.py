@@ -54,8 +54,8 @@ class Inventory:
 
     def is_first(self) -> bool:
         """Whether no process before this one holds shards of the adapted layers."""
-        weights = [layer.base_weight for layer in self.layers.values()]
-        return not any(any(cast(Any, W).device_mesh.get_coordinate() or ()) for W in weights if is_sharded(W))
+        parameters = [p for layer in self.layers.values() for p in layer.parameters()]
+        return not any(any(cast(Any, p).device_mesh.get_coordinate() or ()) for p in parameters if is_sharded(p))
 
     def fingerprints(self) -> dict[str, str]:
         """The hash of each base weight and of its bias, unless that is trained."""

@@ -203,7 +203,7 @@ def _neat_layers_by_name(model: nn.Module) -> list[tuple[list[str], FusedNeatLin
     layers = [(names[id(layer)], layer) for _, layer in neat_layers(model)]
     if not layers:
         raise ValueError("expected a model with Neat layers inside, got none")
-    if sharded := [name for name, layer in neat_layers(model) if is_sharded(layer.base_weight)]:
+    if sharded := [name for name, layer in neat_layers(model) if any(map(is_sharded, layer.parameters()))]:
         raise ValueError(
             f"{sharded[0]}: expected a weight that is whole in this process, got a DTensor of fully_shard()"
         )

@@ -151,7 +151,7 @@ def leave(method: str, settings: Settings, prepared: Prepared, model: TaskModel)
 
 def prepare_run(settings: Settings, console: Console) -> Prepared:
     """Look up and check device, output folder, model, targets and data, cheapest first."""
-    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+    if (processes := os.environ.get("WORLD_SIZE") or "1") != "1":
         raise UsageError(f"expected to be started as one process, got WORLD_SIZE={processes}, as torchrun sets it")
     device = choose_device(settings.device)
     check_output(settings.output, settings.overwrite or settings.resume)
