@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import weakref
-
 import torch
 from torch import Tensor, nn
 
@@ -42,34 +39,6 @@ def carry_hooks(source: nn.Module, target: nn.Module) -> None:
         target.__dict__[name] = source.__dict__[name]
 
 
-class Replaced:
-    """The module that an adapted layer has replaced, without its weight and bias.
-
-    They would stay alive where the layer gets others: under FSDP2 every process would keep the whole of W.
-
-    Args:
-        linear: the module, which is not kept alive itself.
-    """
-
-    def __init__(self, linear: nn.Module) -> None:
-        self._module = weakref.ref(linear)
-        self._shell = copy.copy(linear)
-        self._shell.__dict__["_parameters"] = {**linear._parameters, "weight": None, "bias": None}
-
-    def restored(self, weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Module:
-        """The module itself if somebody still holds it, else one like it, with these parameters."""
-        linear = self._module()
-        if linear is None:
-            linear = copy.copy(self._shell)
-            linear.__dict__["_parameters"] = dict(self._shell._parameters)
-        linear.weight, linear.bias = weight, bias  # type: ignore[assignment]
-        return linear
-
-    def __reduce__(self) -> tuple[type[Replaced], tuple[nn.Module]]:
-        # A copy of the layer has replaced no module that there is.
-        return Replaced, (self._shell,)
-
-
 def adapter_dtype(weight_dtype: torch.dtype) -> torch.dtype:
     """An adapter's default dtype: the weight's, but float32 over a half weight, where small updates round away."""
     return torch.float32 if weight_dtype in HALF_DTYPES else weight_dtype
@@ -86,6 +55,11 @@ def checked_weight(linear: nn.Module) -> nn.Parameter:
     weight = linear.weight
     if type(weight) is not nn.Parameter or weight.ndim != 2:
         raise ValueError(f"expected a weight that is a plain 2-D nn.Parameter, got {type(weight).__name__}")
+    if type(linear.bias) not in (nn.Parameter, type(None)):
+        raise ValueError(f"expected a bias that is a plain nn.Parameter or None, got {type(linear.bias).__name__}")
+    own = [*linear._parameters, *linear._buffers, *linear._modules]
+    if strangers := [name for name in own if name not in ("weight", "bias")]:
+        raise ValueError(f"expected a layer that holds a weight and a bias alone, got {strangers[0]!r} in it too")
     if not weight.is_floating_point() or weight.element_size() < 2:
         raise ValueError(f"expected a float64, float32, bfloat16 or float16 weight, got {weight.dtype}")
     if weight.device.type == "meta":

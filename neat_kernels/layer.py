@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from neat_kernels import functional, inference
-from neat_kernels.base_layer import Replaced, adapter_dtype, as_matrix, checked_weight
+from neat_kernels.base_layer import adapter_dtype, as_matrix, checked_weight
 from neat_kernels.cache import Factors, FeatureCache, ReusedFeatures, refuse_reuse_in_parallel
+from neat_kernels.frozen import FrozenLinear
 from neat_kernels.merge import merge
 from neat_kernels.options import LayerOptions
 from neat_kernels.plan import Plan, make_plan
@@ -21,7 +22,7 @@ from neat_kernels.torch_backend.gemm import ieee_fp32
 from neat_kernels.vocabulary import COMPUTE_DTYPES, arrange, autocast_dtype, check_int, wide_dtype
 
 
-class FusedNeatLinear(nn.Module):
+class FusedNeatLinear(FrozenLinear):
     """Frozen linear layer plus an update that is a small neural network of the frozen weight.
 
     y = x·(W + ΔW)ᵀ + bias;  out: ΔWᵀ = s·g(Wᵀ·Aᵀ)·Bᵀ;  in: ΔW = s·g(W·Aᵀ)·Bᵀ;  ΔW is never formed.
@@ -47,12 +48,11 @@ class FusedNeatLinear(nn.Module):
 
     Raises:
         ValueError: an option is not as above.
+        TypeError: an option is of another type.
 
     Source: arXiv 2410.01870.
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
     r: int
     orientation: str
     depth: int
@@ -61,8 +61,6 @@ class FusedNeatLinear(nn.Module):
     dropout: float
     compute_dtype: torch.dtype | None
     backend: str
-    _replaced: Replaced
-    _unmerged: nn.Parameter | None
 
     def __init__(
         self,
@@ -94,7 +92,7 @@ class FusedNeatLinear(nn.Module):
             compute_dtype=compute_dtype,
             backend=backend,
         )
-        self._setup(nn.Linear(in_features, out_features, bias, device=device, dtype=dtype), options)
+        self._setup(nn.Linear(in_features, out_features, bias, device=device, dtype=dtype), None, options)
 
     @classmethod
     def from_linear(
@@ -134,7 +132,7 @@ class FusedNeatLinear(nn.Module):
             The adapted layer, in the training mode of `linear`.
 
         Raises:
-            TypeError: `linear` is neither nn.Linear nor Conv1D.
+            TypeError: `linear` is neither nn.Linear nor Conv1D, or an option is of another type.
             ValueError: its weight is not a floating tensor that holds data, or an option is not valid.
         """
         options = LayerOptions(
@@ -152,19 +150,18 @@ class FusedNeatLinear(nn.Module):
             raise ValueError(f"device must be the weight's device {weight.device}, got {device}")
         _check_dtype(dtype)
         layer = cls.__new__(cls)
-        layer._setup(linear, options, dtype or adapter_dtype(weight.dtype))
+        layer._setup(linear, linear, options, dtype or adapter_dtype(weight.dtype))
         return layer.train(linear.training)
 
-    def _setup(self, linear: nn.Module, options: LayerOptions, adapter_dtype: torch.dtype | None = None) -> None:
+    def _setup(
+        self,
+        linear: nn.Module,
+        original: nn.Module | None,
+        options: LayerOptions,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> None:
         nn.Module.__init__(self)
-        self._replaced = Replaced(linear)
-        self._keep_unmerged(None)
-        self.transposed = not isinstance(linear, nn.Linear)
-        self.weight, self.bias = linear.weight, linear.bias  # type: ignore[assignment]
-        self.weight.requires_grad_(False)
-        if self.bias is not None:
-            self.bias.requires_grad_(False)
-        self.out_features, self.in_features = self._matrix().shape
+        self._share(linear, original)
         for name, value in asdict(options).items():
             setattr(self, name, value)
         self._make_adapter(adapter_dtype)
@@ -203,7 +200,7 @@ class FusedNeatLinear(nn.Module):
             RuntimeError: the layer is merged and is asked to train its adapter.
             BackendUnavailableError: an explicit backend cannot run here.
         """
-        if self._unmerged is not None:
+        if self.merged:
             self._refuse_training_while_merged()
             return F.linear(x, self._matrix(), self.bias)
         weight = self._matrix()
@@ -239,21 +236,14 @@ class FusedNeatLinear(nn.Module):
 
         Returns:
             lora_A [r, in_features] and lora_B [out_features, r], float32 (float64 in float64), without a gradient.
+
+        Raises:
+            BackendUnavailableError: an explicit backend cannot run here.
         """
         wide = wide_dtype(self.base_weight, self.neat_A)
         H = self._features(as_matrix(self.base_weight, self.transposed))
         down, up = self._as_factors(H, self.neat_B)
         return down.to(wide).t().contiguous(), up.to(wide) * self.scaling
-
-    @property
-    def base_weight(self) -> nn.Parameter:
-        """The frozen W itself, whether or not the layer is merged, in the layout of the base layer."""
-        return self._unmerged if self._unmerged is not None else self.weight
-
-    @property
-    def merged(self) -> bool:
-        """Whether `weight` currently holds W + ΔW."""
-        return self._unmerged is not None
 
     @torch.no_grad()
     def merge(self, *, rounding: str = "nearest", seed: int | None = None) -> None:
@@ -267,28 +257,28 @@ class FusedNeatLinear(nn.Module):
             seed: as in `merged_weight`.
 
         Raises:
-            RuntimeError: the layer is merged already.
+            RuntimeError: the layer is merged already, or sharded.
             ValueError: W + ΔW is not finite, or as in `merged_weight`.
             BackendUnavailableError: an explicit backend cannot run here.
         """
         if self.merged:
             raise RuntimeError("expected an unmerged layer, got a merged one: call unmerge() first")
+        self._refuse_shards()
         with torch.inference_mode(False):
             merged = nn.Parameter(self.merged_weight(rounding=rounding, seed=seed), requires_grad=False)
-        self._keep_unmerged(self.weight)
-        self.weight = merged
+        self._put_merged(merged)
         self.invalidate()
 
     def unmerge(self) -> None:
         """Put W back, bit for bit: it is the parameter from before merge().
 
         Raises:
-            RuntimeError: the layer is not merged.
+            RuntimeError: the layer is not merged, or was sharded since.
         """
-        if self._unmerged is None:
+        if not self.merged:
             raise RuntimeError("expected a merged layer, got an unmerged one: call merge() first")
-        self.weight = self._unmerged
-        self._keep_unmerged(None)
+        self._refuse_shards()
+        self._put_unmerged_back()
         self.invalidate()
 
     @torch.no_grad()
@@ -309,10 +299,6 @@ class FusedNeatLinear(nn.Module):
         merged = merge(W, D, U, scaling=self.scaling, rounding=rounding, seed=seed, backend=self.backend)
         return as_matrix(merged, self.transposed)
 
-    def plain_linear(self, weight: nn.Parameter) -> nn.Module:
-        """The module that was adapted, or one like it if nothing else holds it, with `weight` and this layer's bias."""
-        return self._replaced.restored(weight, self.bias).train(self.training)
-
     def invalidate(self) -> None:
         """Drop cached features; needed after parameters were written through `.data`, which no version counter sees."""
         self._cache.reset(self._feature_parameters())
@@ -325,6 +311,9 @@ class FusedNeatLinear(nn.Module):
 
         Returns:
             The plan; str() of it is a sentence.
+
+        Raises:
+            BackendUnavailableError: an explicit backend cannot run here.
         """
         if self.merged:
             return Plan("torch", "native", "the layer is merged, so that forward is F.linear with W + ΔW")
@@ -356,9 +345,6 @@ class FusedNeatLinear(nn.Module):
         super().train(mode)
         self._cache.drop()
         return self
-
-    def _matrix(self) -> Tensor:
-        return as_matrix(self.weight, self.transposed)
 
     def _feature_parameters(self) -> tuple[Tensor, ...]:
         return self.weight, self.neat_A, self.neat_B, *_items(self.neat_encoders), *_items(self.neat_decoders)
@@ -406,33 +392,17 @@ class FusedNeatLinear(nn.Module):
         if self.training and torch.is_grad_enabled() and any(p.requires_grad for p in self._feature_parameters()):
             raise RuntimeError("a merged layer cannot train its adapter: call unmerge() first, or eval() for inference")
 
-    def _keep_unmerged(self, weight: nn.Parameter | None) -> None:
-        # Past nn.Module.__setattr__, which would register W a second time.
-        self.__dict__["_unmerged"] = weight
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedNeatLinear:
         self._cache.forget()
         if self._reused is not None:
             self._reused.invalidate()
         super()._apply(fn, recurse)
-        if self._unmerged is not None:
-            self._unmerged.data = fn(self._unmerged.data)
         self.invalidate()
         return self
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        # A checkpoint holds W and the adapter, whether or not they are merged just now.
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._unmerged is not None:
-            destination[prefix + "weight"] = self._unmerged if keep_vars else self._unmerged.detach()
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool, *rest: Any
     ) -> None:
-        if self.merged and any(key.startswith(prefix) for key in state_dict):
-            raise RuntimeError(
-                f"{prefix.rstrip('.') or 'the layer'} is merged: call unmerge() before load_state_dict()"
-            )
         self._cache.forget()
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
 

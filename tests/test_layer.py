@@ -428,18 +428,24 @@ class TestCheckpoints:
         assert torch.equal(layer(x), source(x))
         assert {name: p.requires_grad for name, p in layer.named_parameters()} == flags
 
-    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: layer])
-    def test_nothing_but_the_layer_keeps_its_weight_alive(self, copied):
-        layer = copied(nk.FusedNeatLinear.from_linear(nn.Linear(12, 10), r=3))
-        weight = weakref.ref(layer.weight)
-        layer.load_state_dict(nk.FusedNeatLinear(12, 10, r=3).state_dict(), assign=True)
-        assert weight() is None
-        linear = layer.plain_linear(layer.weight)
-        assert type(linear) is nn.Linear
-        assert (linear.weight, linear.bias) == (layer.weight, layer.bias)
-        weight = weakref.ref(layer.weight)
-        del layer, linear
-        assert weight() is None
+    def test_assign_reaches_the_original_module(self):
+        linear = nn.Linear(12, 10)
+        layer = nk.FusedNeatLinear.from_linear(linear, r=3)
+        before = weakref.ref(linear.weight)
+        layer.load_state_dict(copy.deepcopy(nk.FusedNeatLinear(12, 10, r=3).state_dict()), assign=True)
+        assert linear.weight is layer.weight
+        assert linear.bias is layer.bias
+        assert before() is None
+
+    def test_hooks_that_know_their_module_outlive_the_layer(self):
+        model = nn.Sequential(nn.Linear(4, 4))
+        seen = []
+        model[0].register_load_state_dict_pre_hook(lambda module, *rest: seen.append(module))
+        nk.apply_neat(model, nk.NeatConfig(r=2, target_modules=["0"]))
+        for copied in (copy.deepcopy(model), model):
+            nk.remove_neat(copied)
+            copied.load_state_dict(copied.state_dict())
+            assert seen.pop() is copied[0]
 
     def test_assign_onto_the_meta_device(self):
         source = make(dtype=torch.float32, depth=1)

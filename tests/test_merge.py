@@ -382,15 +382,8 @@ class TestRefusals:
         assert unchanged(layer, before)
 
 
-def plain_model(dtype=torch.float64):
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, 3)).to(dtype)
-
-
 def make_model(dtype=torch.float64):
-    return adapt(plain_model(dtype))
-
-
-def adapt(model):
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, 3)).to(dtype)
     nk.apply_neat(model, nk.NeatConfig(r=2, target_modules=["0", "2"], activation="gelu"))
     for layer in (model[0], model[2]):
         nn.init.normal_(layer.neat_B)
@@ -400,11 +393,9 @@ def adapt(model):
 class TestModel:
     @pytest.mark.parametrize("merged_before", [(), (0,), (0, 2)])
     def test_plain_layers_are_left_that_compute_the_same(self, merged_before):
-        model = plain_model().eval()
-        originals = [model[i] for i in (0, 2)]
-        adapt(model)
+        model = make_model().eval()
         x = torch.randn(5, 6, dtype=torch.float64)
-        expected = model(x).detach()
+        expected, originals = model(x).detach(), [model[i]._original for i in (0, 2)]
         for i in merged_before:
             model[i].merge()
         assert nk.merge_neat(model) is model

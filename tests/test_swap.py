@@ -73,8 +73,7 @@ class State:
     """Everything of a model that a refusal must leave alone."""
 
     def __init__(self, model):
-        # Held, since an adapted layer holds the module that it has replaced as weakly as anything.
-        self.modules = [(name, m) for name, m in model.named_modules(remove_duplicate=False)]
+        self.modules = [(name, id(m), type(m)) for name, m in model.named_modules(remove_duplicate=False)]
         self.parameters = [
             (name, id(p), p.requires_grad, p._version) for name, p in model.named_parameters(remove_duplicate=False)
         ]
@@ -422,7 +421,17 @@ def with_instance_forward():
     return linear
 
 
+def with_buffer(name):
+    linear = nn.Linear(4, 4, bias=name != "bias")
+    linear.__dict__.pop(name, None)
+    linear._parameters.pop(name, None)
+    linear.register_buffer(name, torch.zeros(4))
+    return linear
+
+
 UNADAPTABLE = {
+    "a bias that is not trained": (lambda: with_buffer("bias"), ValueError, "plain nn.Parameter or None, got Tensor"),
+    "a buffer of its own": (lambda: with_buffer("scale"), ValueError, "weight and a bias alone, got 'scale' in it too"),
     "parametrized": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), ValueError, "parametrized"),
     "old weight_norm": (lambda: nn.utils.spectral_norm(nn.Linear(4, 4)), ValueError, "plain 2-D nn.Parameter, got"),
     "int8": (lambda: with_weight(torch.ones(4, 4, dtype=torch.int8)), ValueError, "float32.*got torch.int8"),
