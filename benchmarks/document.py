@@ -29,7 +29,7 @@ from benchmarks.cpu_suite import PARTS
 from benchmarks.document_tables import layer_table, model_table, origin
 from neat_kernels.bench.plot import digest, pictures, write_picture
 from neat_kernels.bench.provenance import ROOT
-from neat_kernels.finetune.files import write_atomically
+from neat_kernels.files import write_atomically
 
 PAGES = ("README.md", "docs/benchmarks.md")
 BLOCK = re.compile(r"<!-- made: (?P<asked>[^\n]*?) -->\n(?P<content>.*?)<!-- made end -->", re.DOTALL)

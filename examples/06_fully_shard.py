@@ -33,7 +33,7 @@ def main() -> None:
     fully_shard(model, mesh=mesh)
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    tokens = torch.randint(0, 128, (4, 16), device=device)
+    tokens = torch.randint(0, 128, (2 * mesh.size(), 16), device=device)
     mine = tokens.chunk(mesh.size())[rank]
     losses = []
     for _ in range(20):

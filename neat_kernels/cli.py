@@ -64,10 +64,10 @@ def told_plainly() -> Iterator[None]:
     """Turn the errors a user can act on into one message and an exit status."""
     from neat_kernels.adapters.errors import AdapterError
     from neat_kernels.bench import BenchError
-    from neat_kernels.finetune.interrupt import Interrupted
-    from neat_kernels.finetune.settings import UsageError
     from neat_kernels.finetune.train import TrainingError
+    from neat_kernels.interrupt import Interrupted
     from neat_kernels.tuning import TuningError
+    from neat_kernels.usage import UsageError
 
     try:
         yield

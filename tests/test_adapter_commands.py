@@ -22,7 +22,8 @@ from neat_kernels.finetune import artifacts, load_classifier
 from neat_kernels.finetune.batches import Batch
 from neat_kernels.finetune.methods import prepare
 from neat_kernels.finetune.model import Pretrained, TextClassifier
-from neat_kernels.finetune.settings import Settings, UsageError
+from neat_kernels.finetune.settings import Settings
+from neat_kernels.usage import UsageError
 from tests.adapter_problem import adapted, agree, base, full_disk, logits, shake
 
 METHODS = ("probe", "lora", "neat", "full")

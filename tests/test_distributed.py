@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import neat_kernels as nk
 
@@ -17,7 +19,7 @@ pytest.importorskip("peft")
 
 from models import language_batch, make_case
 from processes import WORLD, in_two_processes, parallel, part_of, whole
-from trainer_problem import SGD, WAYS, Texts, adapted, loop, trained, trainer_of
+from trainer_problem import SGD, WAYS, Texts, adapted, loop, trained, trainer_of, under_peft
 
 KINDS = ("ddp", "fsdp2")
 
@@ -124,6 +126,48 @@ def test_float32_adapters_over_a_half_model(kind):
     in_two_processes(train_over_half, kind)
 
 
+def quantised_llama():
+    """With q and v in nf4, whose codes lie in a floating dtype, as FSDP needs them."""
+    import bitsandbytes as bnb
+
+    model = make_case("llama")[0]
+    for block in model.model.layers:
+        for name in ("q_proj", "v_proj"):
+            linear = getattr(block.self_attn, name)
+            sizes = linear.in_features, linear.out_features, False
+            layer = bnb.nn.Linear4bit(*sizes, torch.float32, quant_type="nf4", quant_storage=torch.float32)
+            layer.weight = bnb.nn.Params4bit(
+                linear.weight.detach() * 8, quant_type="nf4", quant_storage=torch.float32, module=layer
+            )
+            setattr(block.self_attn, name, layer.to("cpu"))
+    return model
+
+
+def train_over_4_bits(rank, way):
+    torch.manual_seed(0)
+    plain = under_peft(quantised_llama(), way, "llama", "gelu", 1, 4, {"target_modules": ["q_proj", "v_proj"]})
+    batch = language_batch()
+    for name, p in plain.named_parameters():
+        if "_B." in name:
+            nn.init.normal_(p, std=0.05)
+    model = parallel(copy.deepcopy(plain), "fsdp2")
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    assert type(layer.base_layer.weight).__name__ == "DTensor"
+    model(**part_of(batch, rank)).loss.backward()
+    plain(**batch).loss.backward()
+    gradients = {name: whole(p.grad) for name, p in by_name(model.named_parameters()).items()}
+    same(gradients, {name: p.grad for name, p in by_name(plain.named_parameters()).items()})
+    if way == "neat":
+        with pytest.raises(ValueError, match="weight must be whole in this process, got a DTensor"):
+            layer.merge()
+
+
+@pytest.mark.parametrize("way", ["peanut", "neat"])
+def test_a_4_bit_base_is_sharded_too(way):
+    pytest.importorskip("bitsandbytes")
+    in_two_processes(train_over_4_bits, way)
+
+
 def weigh(rank, way):
     model = adapted("llama", way)
     before = [weakref.ref(p) for p in model.parameters()]
@@ -142,7 +186,6 @@ def save(rank, folder):
     model = parallel(copy.deepcopy(plain), "fsdp2")
     saved = nk.save_adapter(model, folder / f"sharded{rank}")
     assert (saved.peft_type, saved.layers) == ("PEANUT", 6)
-    torch.distributed.barrier()
     nk.save_adapter(plain, folder / f"plain{rank}")
     sharded, whole = (read(folder / name / "adapter_model.safetensors") for name in ("sharded0", f"plain{rank}"))
     assert sharded[1] == whole[1]
@@ -191,34 +234,116 @@ def test_a_state_dict_of_a_sharded_model_goes_into_pefts_file_and_back(way, tmp_
 def refuse(rank, folder):
     model, batch = parallel(adapted("llama", "fused"), "fsdp2"), part_of(language_batch(), rank)
     layer = next(m for m in model.modules() if isinstance(m, nk.FusedNeatLinear))
-    x = torch.randn(3, layer.in_features)
     nk.save_adapter(adapted("llama", "fused"), folder / f"plain{rank}")
-    with pytest.raises(nk.AdapterError, match="expected a tensor that holds its values in this process, got a DTensor"):
-        nk.load_adapter(model, folder / f"plain{rank}")
-    for call, match in [
-        (lambda: layer(x), "weight must be whole in this process, got a DTensor"),
-        (layer.merge, "weight must be whole in this process, got a DTensor"),
-        (lambda: nk.export_lora(model, folder / "lora"), "weight must be whole in this process, got a DTensor"),
-        (lambda: nk.merge_neat(model), r"layers\.0\.self_attn\.q_proj: expected a weight that is whole"),
-        (lambda: nk.remove_neat(model), r"layers\.0\.self_attn\.q_proj: expected a weight that is whole"),
-        (
-            lambda: nk.apply_neat(model, nk.NeatConfig(r=2, target_modules=["k_proj"])),
-            "k_proj cannot be adapted: expected a weight that is a plain 2-D nn.Parameter, got DTensor",
-        ),
-    ]:
-        with pytest.raises(ValueError, match=match):
+    config = nk.NeatConfig(r=2, target_modules=["k_proj"])
+    whole_model = "expected a model that is whole in this process, got one that fully_shard"
+
+    def refused():
+        for call, error, match in [
+            (layer.merge, RuntimeError, "expected a layer whose W is whole"),
+            (lambda: nk.export_lora(model, folder / "lora"), nk.AdapterError, whole_model),
+            (lambda: nk.load_adapter(model, folder / f"plain{rank}"), nk.AdapterError, whole_model),
+            (lambda: nk.merge_neat(model), ValueError, whole_model),
+            (lambda: nk.remove_neat(model), ValueError, whole_model),
+            (lambda: nk.apply_neat(model, config), ValueError, whole_model),
+            (lambda: nk.reuse_features(model).__enter__(), RuntimeError, "q_proj: expected the parameters .* FSDP"),
+        ]:
+            with pytest.raises(error, match=match):
+                call()
+
+    refused()
+    for call in (lambda: layer(torch.randn(3, layer.in_features)), layer.lora_factors):
+        with pytest.raises(ValueError, match="weight must be whole in this process, got a DTensor"):
             call()
-    for _ in range(2):
-        # Sharded before the first forward; after it the outermost module is whole until the backward.
-        with pytest.raises(RuntimeError, match=r"q_proj: expected the parameters .* FSDP"), nk.reuse_features(model):
-            pass
-        loss = model(**batch).loss
+    # Gathered, which it stays until the backward or, without one, the next step.
+    model.set_reshard_after_forward(False)
+    loss = model(**batch).loss
+    assert type(layer.weight) is nn.Parameter
+    refused()
     loss.backward()
     assert not (folder / "lora").exists()
 
 
 def test_what_a_sharded_model_cannot_do_is_refused(tmp_path):
     in_two_processes(refuse, tmp_path)
+
+
+def unmerge(rank):
+    model = adapted("llama", "fused")
+    layer = next(m for m in model.modules() if isinstance(m, nk.FusedNeatLinear))
+    layer.merge()
+    parallel(model, "fsdp2")
+    with pytest.raises(RuntimeError, match="expected a layer whose W is whole"):
+        layer.unmerge()
+
+
+def test_a_layer_that_was_sharded_while_merged_cannot_be_unmerged():
+    in_two_processes(unmerge)
+
+
+def save_between_steps(rank, folder):
+    """After a forward in eval(), which leaves gathered parameters that are older than the step that follows."""
+    model, batch = parallel(adapted("llama", "fused").train(), "fsdp2"), part_of(language_batch(), rank)
+    model.set_reshard_after_forward(False)
+    optimizer = torch.optim.SGD(by_name(model.named_parameters()).values(), lr=1.0)
+    model(**batch).loss.backward()
+    logits(model, batch)
+    optimizer.step()
+    optimizer.zero_grad()
+    nk.save_adapter(model, folder / "adapter")
+    saved, _ = read(folder / "adapter" / "adapter_model.safetensors")
+    for name, p in by_name(model.named_parameters()).items():
+        if name.endswith("neat_B"):
+            assert torch.equal(saved[f"base_model.model.{name.replace('neat_B', 'peanut_B.weight')}"], whole(p))
+    model(**batch).loss.backward()
+
+
+def test_what_is_saved_is_what_the_last_step_left(tmp_path):
+    in_two_processes(save_between_steps, tmp_path)
+
+
+def fail_to_save(rank, folder):
+    model = parallel(adapted("llama", "fused"), "fsdp2")
+    # A folder of the first process alone has something in it.
+    with pytest.raises(nk.AdapterError, match=r"first is not empty"):
+        nk.save_adapter(model, folder / ("first" if rank == 0 else "second"))
+
+
+def test_a_save_that_fails_in_the_first_process_fails_in_all(tmp_path):
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "mine").touch()
+    in_two_processes(fail_to_save, tmp_path)
+    assert not (tmp_path / "second").exists()
+
+
+def save_on_a_part_of_a_mesh(rank, folder):
+    mesh = init_device_mesh("cpu", (1, WORLD), mesh_dim_names=("data", "other"))["data"]
+    model = fully_shard(adapted("llama", "fused"), mesh=mesh)
+    nk.save_adapter(model, folder / f"adapter{rank}")
+
+
+def test_of_several_whole_models_on_one_mesh_the_first_is_saved(tmp_path):
+    in_two_processes(save_on_a_part_of_a_mesh, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter0"]
+
+
+def adapt_too_late(rank, folder):
+    model = parallel(adapted("llama", "fused"), "ddp")
+    nk.save_adapter(model, folder / f"adapter{rank}")
+    torch.distributed.barrier()
+    nk.load_adapter(model, folder / "adapter0")
+    plain = parallel(make_case("llama")[0], "ddp")
+    late = "expected a model before DistributedDataParallel"
+    with pytest.raises(ValueError, match=late):
+        nk.apply_neat(plain, nk.NeatConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(nk.AdapterError, match=late):
+        nk.load_adapter(plain, folder / "adapter0")
+    assert all(p.requires_grad for p in plain.parameters())
+
+
+def test_adapters_go_in_before_ddp_and_the_first_process_saves(tmp_path):
+    in_two_processes(adapt_too_late, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter0"]
 
 
 def reuse(rank):

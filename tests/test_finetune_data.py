@@ -7,10 +7,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from neat_kernels.files import write_atomically
 from neat_kernels.finetune import corpus
 from neat_kernels.finetune.data import Columns, held_out_ends, load_file, split_rows
-from neat_kernels.finetune.files import write_atomically
-from neat_kernels.finetune.settings import UsageError
+from neat_kernels.usage import UsageError
 
 PAIRS = [(f"text, number {index}\nof two lines", ("yes", "no")[index % 2]) for index in range(40)]
 

@@ -12,16 +12,17 @@ from torch import nn
 
 from neat_kernels.finetune.batches import TaskTokens
 from neat_kernels.finetune.defaults import LM_LEARNING_RATES
-from neat_kernels.finetune.interrupt import Interrupted
 from neat_kernels.finetune.lm_batches import Encoder
 from neat_kernels.finetune.lm_check import why_not_packed
 from neat_kernels.finetune.lm_data import Document
 from neat_kernels.finetune.measure import ACCURACY, LOSS, half_width, mean, perplexity
 from neat_kernels.finetune.model import LanguageModel, Pretrained
 from neat_kernels.finetune.report import comparisons, draw_curves, perplexities, results_json, results_table
-from neat_kernels.finetune.settings import Settings, UsageError
+from neat_kernels.finetune.settings import Settings
 from neat_kernels.finetune.train import MethodResult, Trainer, TrainingError, train_method
 from neat_kernels.finetune.trials import TrialFiles, run_trials
+from neat_kernels.interrupt import Interrupted
+from neat_kernels.usage import UsageError
 
 CPU = torch.device("cpu")
 METHODS = tuple(LM_LEARNING_RATES)

@@ -13,7 +13,8 @@ from test_finetune_named_data import hub as hub
 
 from neat_kernels.finetune.lm_batches import IGNORED, Encoder, LmTokens, Piece, pack, require_chat_template
 from neat_kernels.finetune.lm_data import Document, Message, load_documents
-from neat_kernels.finetune.settings import Settings, UsageError
+from neat_kernels.finetune.settings import Settings
+from neat_kernels.usage import UsageError
 
 CPU = torch.device("cpu")
 TEXTS = [f"text, number {index}\nof two lines" for index in range(40)]

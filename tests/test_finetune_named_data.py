@@ -11,7 +11,8 @@ from neat_kernels.finetune import load_classifier
 from neat_kernels.finetune.data import Columns, load_file
 from neat_kernels.finetune.named_data import is_file, load_named
 from neat_kernels.finetune.run import run
-from neat_kernels.finetune.settings import Settings, UsageError
+from neat_kernels.finetune.settings import Settings
+from neat_kernels.usage import UsageError
 
 datasets = pytest.importorskip("datasets")
 

@@ -18,7 +18,7 @@ from neat_kernels.finetune.methods import prepare
 from neat_kernels.finetune.model import Pretrained, TextClassifier
 from neat_kernels.finetune.page import write_page
 from neat_kernels.finetune.report import comparisons, draw_curves, results_json, results_table, running_mean
-from neat_kernels.finetune.settings import METHODS, Settings, UsageError
+from neat_kernels.finetune.settings import METHODS, Settings
 from neat_kernels.finetune.train import (
     MethodResult,
     Trainer,
@@ -28,6 +28,7 @@ from neat_kernels.finetune.train import (
     train_method,
     warm_up_then_decay,
 )
+from neat_kernels.usage import UsageError
 
 CPU = torch.device("cpu")
 SETTINGS = Settings(r=4, lr=2e-2, steps=40, batch_size=8)

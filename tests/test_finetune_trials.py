@@ -22,11 +22,12 @@ from neat_kernels.cli import app
 from neat_kernels.finetune.batches import tokenize
 from neat_kernels.finetune.checkpoint import read_state, write_state
 from neat_kernels.finetune.data import split_rows
-from neat_kernels.finetune.interrupt import Interrupted, first_interrupt_waits
 from neat_kernels.finetune.model import Pretrained
-from neat_kernels.finetune.settings import METHODS, Settings, UsageError
+from neat_kernels.finetune.settings import METHODS, Settings
 from neat_kernels.finetune.train import MethodResult, TrainingError, train_method
 from neat_kernels.finetune.trials import TrialFiles, run_trials
+from neat_kernels.interrupt import Interrupted, first_interrupt_waits
+from neat_kernels.usage import UsageError
 
 CPU = torch.device("cpu")
 TIMES = ("step_ms", "tokens_per_second", "peak_bytes")

@@ -14,7 +14,6 @@ from typer.testing import CliRunner
 pytest.importorskip("triton")
 from neat_kernels import cli, plan
 from neat_kernels.cli import app
-from neat_kernels.finetune.settings import UsageError
 from neat_kernels.kernels import launch, measured
 from neat_kernels.kernels.configs import Config
 from neat_kernels.kernels.measured import Key
@@ -22,6 +21,7 @@ from neat_kernels.model import measured as measured_plans
 from neat_kernels.tuning import TuningError, command, files, plans, problems, search, session, timing
 from neat_kernels.tuning.candidates import MORE, VALUES, candidates
 from neat_kernels.tuning.timing import Problem, is_faster, spread
+from neat_kernels.usage import UsageError
 
 NAME = "NVIDIA Test"
 HERE = launch.Target("sm_90", 132, NAME)
@@ -446,6 +446,10 @@ class TestCommand:
         quick = run("--dry-run", "--quick", "--stage", "down", "--stage", "plans").output
         listed = [line.split("  ")[1] for line in quick.splitlines() if "r ≤" in line or "plans in" in line]
         assert listed == ["down, r ≤ 16", "down fp32, r ≤ 16", "plans in bfloat16"]
+        for option in (("--again",), ("--minutes", "3"), ("--output-dir", folder)):
+            refused = run("--dry-run", *option)
+            assert refused.exit_code == 2
+            assert f"expected no {option[0]}" in refused.output
         assert list(folder.iterdir()) == []
 
     @pytest.mark.parametrize(

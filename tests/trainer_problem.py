@@ -55,7 +55,7 @@ def under_peft(model, way, name, activation, depth, r, options):
 
     from neat_kernels.integrations.peft import NeatConfig, accelerate
 
-    common = {"r": r, "target_modules": TARGETS[name], **options}
+    common = {"r": r, "target_modules": TARGETS[name]} | options
     if name == "roberta":
         common["task_type"] = "SEQ_CLS"
     if way == "lora":

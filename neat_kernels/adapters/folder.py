@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from neat_kernels.adapters.errors import AdapterError
+from neat_kernels.files import umask
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -109,10 +110,3 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def umask() -> int:
-    """The permissions that a new file of this process does not get."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,6 @@ from neat_kernels.adapters.swap import modules_to_save
 from neat_kernels.layer import FusedNeatLinear
 from neat_kernels.lora_layer import FusedLoraLinear
 from neat_kernels.options import LayerOptions
-from neat_kernels.vocabulary import is_sharded
 
 Layer = FusedNeatLinear | FusedLoraLinear
 
@@ -51,11 +49,6 @@ class Inventory:
             for key, value in module.state_dict().items():
                 yield f"{name}.{clean(key)}", value
         yield from self.trained.items()
-
-    def is_first(self) -> bool:
-        """Whether no process before this one holds shards of the adapted layers."""
-        parameters = [p for layer in self.layers.values() for p in layer.parameters()]
-        return not any(any(cast(Any, p).device_mesh.get_coordinate() or ()) for p in parameters if is_sharded(p))
 
     def fingerprints(self) -> dict[str, str]:
         """The hash of each base weight and of its bias, unless that is trained."""

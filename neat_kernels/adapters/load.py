@@ -21,6 +21,7 @@ from neat_kernels.adapters.names import (
     parameter_shapes,
     unwrapped,
 )
+from neat_kernels.adapters.parallel import check_not_copied, check_whole
 from neat_kernels.adapters.parts import Parts, described, find_parts, insert_missing, other_tensors, sizes
 from neat_kernels.adapters.save import METADATA
 from neat_kernels.adapters.weights import Weights
@@ -50,6 +51,7 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], *, check_base: bo
         ValueError: a layer of the model cannot be adapted. The model is unchanged then.
         TypeError: a layer of the model is no linear layer. The model is unchanged then.
     """
+    check_whole(model, AdapterError)
     path = Path(folder)
     config = checked_config(path, read_config(path))
     root = unwrapped(model)
@@ -61,6 +63,8 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], *, check_base: bo
         others = other_tensors(parts, root)
         values = weights.read_all({**_adapter_tensors(parts, modules, prefix), **described(others)})
         known = weights.own_metadata(METADATA)
+    if any(not isinstance(modules[name], FusedNeatLinear) for name in parts.layers):
+        check_not_copied(model, AdapterError)
     if check_base:
         warn_of_other_base(known, parts, modules, path)
     insert_missing(root, parts)

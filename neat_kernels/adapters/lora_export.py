@@ -18,6 +18,7 @@ from neat_kernels.adapters.errors import AdapterError
 from neat_kernels.adapters.folder import check_destination
 from neat_kernels.adapters.inventory import Inventory, Layer, copied, take_inventory
 from neat_kernels.adapters.names import LORA, PREFIX, naming
+from neat_kernels.adapters.parallel import check_whole
 from neat_kernels.adapters.save import write_adapter
 from neat_kernels.base_layer import as_matrix
 from neat_kernels.vocabulary import check_int
@@ -78,11 +79,12 @@ def export_lora(
         What was written, and how far the logits differ over the batch.
 
     Raises:
-        AdapterError: there is no adapted layer; LoRA cannot hold what is trained (a bias, or a module that shares a
-            parameter with another part of the model; for vLLM any module); a layer's rank is above `pad_to`; values are
-            not finite; the folder exists. Nothing is written then.
+        AdapterError: the model is sharded; there is no adapted layer; LoRA cannot hold what is trained (a bias, or a
+            module that shares a parameter with another part of the model; for vLLM any module); a layer's rank is above
+            `pad_to`; values are not finite; the folder exists. Nothing is written then.
         OSError: the disk is full or cannot be written. What was in the folder is still there then.
     """
+    check_whole(model, AdapterError)
     destination = Path(folder)
     check_destination(destination, overwrite, FILES)
     inventory = take_inventory(model, lora=True)
@@ -94,7 +96,7 @@ def export_lora(
     for name, (lora_A, lora_B) in factors.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = lora_A
         tensors[f"{PREFIX}{name}.lora_B.weight"] = lora_B
-    write_adapter(destination, _config(inventory, r), tensors, inventory)
+    write_adapter(destination, _config(inventory, r), tensors, inventory.fingerprints())
     parameters = sum(t.numel() for t in tensors.values())
     return ExportedLora(destination, r, len(factors), parameters, difference, largest)
 

@@ -16,6 +16,7 @@ from neat_kernels.adapters.base_model import load_base
 from neat_kernels.adapters.description import ABOUT, CONFIG_FILE, SELECTION, check_known, check_names, read_config
 from neat_kernels.adapters.errors import AdapterError
 from neat_kernels.adapters.names import ADAPTED, LORA, by_pattern, named_modules, unwrapped
+from neat_kernels.adapters.parallel import check_not_copied, check_whole
 from neat_kernels.adapters.parts import Parts, described, find_parts, insert_missing, other_tensors, sizes
 from neat_kernels.adapters.save import METADATA
 from neat_kernels.adapters.weights import Weights
@@ -69,6 +70,8 @@ def from_lora(
     values = read_config(path, (LORA,))
     check_lora(path / CONFIG_FILE, values)
     target = load_base(path, values, None) if model is None else model
+    check_whole(target, AdapterError)
+    check_not_copied(target, AdapterError)
     root = unwrapped(target)
     modules = named_modules(root)
     if adapted := [name for name, module in modules.items() if isinstance(module, ADAPTED)]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from neat_kernels.adapters.description import CARD_FILE, CONFIG_FILE, FILES, WEI
 from neat_kernels.adapters.folder import check_destination, whole_folder
 from neat_kernels.adapters.inventory import Inventory, copied, take_inventory
 from neat_kernels.adapters.names import PARAMETER_PREFIX, PREFIX, layer_parameters
+from neat_kernels.adapters.parallel import Savers
 from neat_kernels.layer import FusedNeatLinear
 
 # Of the metadata of a safetensors file, whose values are strings.
@@ -52,7 +53,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, overwrite:
     Where PEFT's PEANUT can express the adapter, the folder is one that `PeftModel.from_pretrained` loads; otherwise its
     type is NEAT. The file holds the adapters, `modules_to_save`, other parameters that are trainable, and a hash of
     each base weight. The folder is there whole or not at all. Where fully_shard() has sharded the model, every process
-    calls this: one tensor after the other is gathered, and the first process writes.
+    calls this: one tensor after the other is gathered, and the first process writes. Under DistributedDataParallel the
+    first process writes, whether the others call this or not.
 
     Args:
         model: a model with Neat layers inside, merged or not.
@@ -67,8 +69,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, overwrite:
             holds other files. Nothing is written then.
         OSError: the disk is full or cannot be written. What was in the folder is still there then.
     """
-    destination = Path(folder)
-    check_destination(destination, overwrite, FILES)
+    destination, savers = Path(folder), Savers.of(model)
+    savers.first(lambda: check_destination(destination, overwrite, FILES))
     inventory = take_inventory(model)
     config = inventory.description.as_config(inventory.every)
     tensors = _tensors(inventory, config["peft_type"])
@@ -79,7 +81,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, overwrite:
         sum(t.numel() for t in tensors.values()),
         tuple(inventory.description.reasons_against_peanut()),
     )
-    write_adapter(destination, config, tensors, inventory, saved.reasons)
+    base = inventory.fingerprints()
+    savers.first(lambda: write_adapter(destination, config, tensors, base, saved.reasons))
     return saved
 
 
@@ -87,24 +90,22 @@ def write_adapter(
     folder: Path,
     config: dict[str, Any],
     tensors: dict[str, Tensor],
-    inventory: Inventory,
+    base: Mapping[str, str],
     reasons: Sequence[str] = (),
 ) -> None:
-    """The three files of an adapter, whole or not at all; of the processes that share a sharded model the first writes.
+    """The three files of an adapter, whole or not at all.
 
     Args:
         folder: checked by `check_destination`.
         config: adapter_config.json.
         tensors: by their names in the file.
-        inventory: what they were taken from, whose base weights are hashed.
+        base: hashes of the base weights.
         reasons: why PEFT cannot load it.
 
     Raises:
         OSError: they cannot be written.
     """
-    metadata = {"version": __version__, "base": inventory.fingerprints()}
-    if not inventory.is_first():
-        return
+    metadata = {"version": __version__, "base": base}
     with whole_folder(folder) as temporary:
         write_json(temporary / CONFIG_FILE, config)
         write_tensors(temporary / WEIGHTS_FILE, tensors, {METADATA: json.dumps(metadata)})

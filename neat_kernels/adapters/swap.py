@@ -12,11 +12,11 @@ from torch import nn
 from neat_kernels.adapters.config import NeatConfig
 from neat_kernels.adapters.match import Target, find_modules_to_save, find_targets
 from neat_kernels.adapters.names import ADAPTED, unwrapped
+from neat_kernels.adapters.parallel import check_not_copied, check_whole
 from neat_kernels.base_layer import carry_hooks
 from neat_kernels.layer import FusedNeatLinear, neat_layers
 from neat_kernels.merge import SEEDS, check_rounding, draw_seed
 from neat_kernels.options import LayerOptions
-from neat_kernels.vocabulary import is_sharded
 
 Model = TypeVar("Model", bound=nn.Module)
 Adapt = Callable[[nn.Module, LayerOptions], nn.Module]
@@ -46,10 +46,12 @@ def apply_neat(model: Model, config: NeatConfig) -> Model:
         The same model. Only the adapters and `modules_to_save` are trainable, those of an earlier call included.
 
     Raises:
-        ValueError: nothing matches, an entry matches nothing, or a layer cannot be adapted. The model is unchanged
-            then.
+        ValueError: nothing matches, an entry matches nothing, a layer cannot be adapted, or the model is sharded or in
+            DistributedDataParallel already. The model is unchanged then.
         TypeError: a matched module is no linear layer. The model is unchanged then.
     """
+    check_whole(model)
+    check_not_copied(model)
     return insert(model, find_targets(model, config), find_modules_to_save(model, config))
 
 
@@ -203,10 +205,7 @@ def _neat_layers_by_name(model: nn.Module) -> list[tuple[list[str], FusedNeatLin
     layers = [(names[id(layer)], layer) for _, layer in neat_layers(model)]
     if not layers:
         raise ValueError("expected a model with Neat layers inside, got none")
-    if sharded := [name for name, layer in neat_layers(model) if any(map(is_sharded, layer.parameters()))]:
-        raise ValueError(
-            f"{sharded[0]}: expected a weight that is whole in this process, got a DTensor of fully_shard()"
-        )
+    check_whole(model)
     return layers
 
 

@@ -26,8 +26,8 @@ from neat_kernels.bench.provenance import cpu_name, gpu_name, provenance, write_
 from neat_kernels.bench.report import print_comparison, print_facts, print_results, print_skipped
 from neat_kernels.bench.results import Results, read_results
 from neat_kernels.bench.shapes import LayerShape, parse_shapes
-from neat_kernels.finetune.interrupt import Interrupted
-from neat_kernels.finetune.settings import UsageError
+from neat_kernels.interrupt import Interrupted
+from neat_kernels.usage import UsageError
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 

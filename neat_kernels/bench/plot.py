@@ -15,7 +15,7 @@ from neat_kernels.bench.model_results import label, read_model_results
 from neat_kernels.bench.results import Case, read_results
 from neat_kernels.bench.roofline import Roofline, read_roofline
 from neat_kernels.bench.shapes import LayerShape
-from neat_kernels.finetune.files import write_atomically
+from neat_kernels.files import write_atomically
 
 # Okabe and Ito's colours, told apart by readers who are colour-blind; what differs in the adapter's dtype alone, or in
 # being compiled, is dashed.

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from neat_kernels.bench.plot import pictures, write_picture
-from neat_kernels.finetune.settings import UsageError
+from neat_kernels.usage import UsageError
 
 FORMATS = ("svg", "png")
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from neat_kernels._version import __version__
-from neat_kernels.finetune.files import write_atomically
+from neat_kernels.files import write_atomically
 
 # The folder that holds the package: the repository's, unless the package is installed.
 ROOT = Path(__file__).resolve().parent.parent.parent

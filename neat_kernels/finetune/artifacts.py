@@ -22,7 +22,8 @@ from neat_kernels.adapters.save import save_adapter, write_json, write_tensors
 from neat_kernels.finetune.batches import Batch, as_tokens, encode
 from neat_kernels.finetune.data import Text
 from neat_kernels.finetune.model import CLASSES, Pretrained, TaskModel, TextClassifier, default_folder
-from neat_kernels.finetune.settings import CLASSIFY, LM, UsageError
+from neat_kernels.finetune.settings import CLASSIFY, LM
+from neat_kernels.usage import UsageError
 from neat_kernels.vocabulary import check_int
 
 CLASSIFIER, LANGUAGE_MODEL, HEAD = "classifier.json", "language_model.json", "head.safetensors"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from neat_kernels.finetune.data import Split, Text, TextData
-from neat_kernels.finetune.settings import UsageError
+from neat_kernels.usage import UsageError
 
 
 class Rows(Protocol):

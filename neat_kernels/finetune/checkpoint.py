@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neat_kernels.finetune.files import write_atomically
-from neat_kernels.finetune.settings import UsageError
+from neat_kernels.files import write_atomically
+from neat_kernels.usage import UsageError
 
 FORMAT = "1"
 

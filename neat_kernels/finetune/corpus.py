@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 
+from neat_kernels.files import write_atomically
 from neat_kernels.finetune.data import TextData, digest, split_rows
-from neat_kernels.finetune.files import write_atomically
-from neat_kernels.finetune.settings import UsageError
+from neat_kernels.usage import UsageError
 
 # Each comes with the extras hf and cli: torch brings sympy and networkx, transformers brings numpy and huggingface_hub.
 LIBRARIES = ("huggingface_hub", "matplotlib", "networkx", "numpy", "peft", "sympy", "torch", "transformers")

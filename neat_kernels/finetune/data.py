@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from neat_kernels.finetune.settings import DATA_SUFFIXES, TEXT_SUFFIX, UsageError
+from neat_kernels.finetune.settings import DATA_SUFFIXES, TEXT_SUFFIX
+from neat_kernels.usage import UsageError
 
 VALIDATION_SHARE = 0.1
 TEST_SHARE = 0.2

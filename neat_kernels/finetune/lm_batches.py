@@ -13,7 +13,7 @@ from torch import Tensor
 
 from neat_kernels.finetune.batches import Batch
 from neat_kernels.finetune.lm_data import Document
-from neat_kernels.finetune.settings import UsageError
+from neat_kernels.usage import UsageError
 
 # What transformers and torch's cross-entropy skip.
 IGNORED = -100

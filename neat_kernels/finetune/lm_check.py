@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from neat_kernels.finetune.lm_batches import LmTokens, Piece
 from neat_kernels.finetune.model import LanguageModel
-from neat_kernels.finetune.settings import UsageError
+from neat_kernels.usage import UsageError
 
 # Tokens of each text of the trial, and the texts in each of its rows.
 _LENGTH, _ROWS = 16, (3, 2)

@@ -19,7 +19,8 @@ from neat_kernels.finetune.data import (
     whole_text,
 )
 from neat_kernels.finetune.named_data import TEST, TRAIN, VALIDATION, cells_of, is_file, read_splits
-from neat_kernels.finetune.settings import DATA_SUFFIXES, TEXT_SUFFIX, Settings, UsageError
+from neat_kernels.finetune.settings import DATA_SUFFIXES, TEXT_SUFFIX, Settings
+from neat_kernels.usage import UsageError
 
 LM_SUFFIXES = (TEXT_SUFFIX, *DATA_SUFFIXES)
 MIN_DOCUMENTS = 3

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from neat_kernels.finetune.settings import LM, Settings, UsageError
+from neat_kernels.finetune.settings import LM, Settings
+from neat_kernels.usage import UsageError
 
 ALL_LINEAR = "all-linear"
 

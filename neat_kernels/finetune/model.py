@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from neat_kernels.finetune.batches import Batch
 from neat_kernels.finetune.lm_batches import IGNORED
 from neat_kernels.finetune.measure import ACCURACY, LOSS, Measure
-from neat_kernels.finetune.settings import CLASSIFY, LM, UsageError
+from neat_kernels.finetune.settings import CLASSIFY, LM
+from neat_kernels.usage import UsageError
 
 # The classes of transformers that load the model of a task.
 CLASSES = {CLASSIFY: "AutoModel", LM: "AutoModelForCausalLM"}

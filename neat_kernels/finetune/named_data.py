@@ -24,7 +24,8 @@ from neat_kernels.finetune.data import (
     require_columns,
     split_rows,
 )
-from neat_kernels.finetune.settings import DATA_SUFFIXES, UsageError
+from neat_kernels.finetune.settings import DATA_SUFFIXES
+from neat_kernels.usage import UsageError
 
 Item = TypeVar("Item")
 

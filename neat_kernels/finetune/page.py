@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from neat_kernels.finetune.files import write_atomically
+from neat_kernels.files import write_atomically
 from neat_kernels.finetune.report import comparisons, perplexities, rates_tried, results_table
 from neat_kernels.finetune.train import MethodResult
 

@@ -14,8 +14,8 @@ from typing import Any
 from rich.box import SIMPLE
 from rich.table import Table
 
+from neat_kernels.files import write_atomically
 from neat_kernels.finetune.defaults import HEAD_LEARNING_RATE
-from neat_kernels.finetune.files import write_atomically
 from neat_kernels.finetune.measure import Measure, half_width, perplexity
 from neat_kernels.finetune.train import MethodResult
 

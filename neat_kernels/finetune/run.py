@@ -17,7 +17,6 @@ from neat_kernels.environment import device_name, versions
 from neat_kernels.finetune.artifacts import Task, how_to_load, save_language_model, save_trained
 from neat_kernels.finetune.batches import plan_steps
 from neat_kernels.finetune.data import TextData
-from neat_kernels.finetune.interrupt import Interrupted, first_interrupt_waits
 from neat_kernels.finetune.measure import ACCURACY, LOSS
 from neat_kernels.finetune.methods import ALL_LINEAR
 from neat_kernels.finetune.model import Pretrained, TaskModel, TextClassifier, require_targets
@@ -33,10 +32,12 @@ from neat_kernels.finetune.report import (
     results_json,
     results_table,
 )
-from neat_kernels.finetune.settings import LM, METHODS, Settings, UsageError
+from neat_kernels.finetune.settings import LM, METHODS, Settings
 from neat_kernels.finetune.tasks import Reading, default_length, read
 from neat_kernels.finetune.train import MethodResult, TrainingError, train_method
 from neat_kernels.finetune.trials import TRIALS, TrialFiles, run_trials
+from neat_kernels.interrupt import Interrupted, first_interrupt_waits
+from neat_kernels.usage import UsageError
 
 ADAPTER_METHODS = frozenset({"lora", "neat"})
 

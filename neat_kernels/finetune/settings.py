@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from neat_kernels.finetune.defaults import HEAD_LEARNING_RATE, LEARNING_RATES, LM_LEARNING_RATES
+from neat_kernels.usage import UsageError
 
 CLASSIFY, LM = "classify", "lm"
 RATES = {CLASSIFY: LEARNING_RATES, LM: LM_LEARNING_RATES}
@@ -28,10 +29,6 @@ TASK_ONLY = {
 }
 # What --task lm has in the place of the defaults of classification.
 LM_DEFAULTS: dict[str, Any] = {"methods": ("lora", "neat"), "batch_size": 8}
-
-
-class UsageError(ValueError):
-    """What the user asked for cannot be done; the message says what was expected and what came."""
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ from torch import nn
 
 from neat_kernels.finetune.batches import Batch, Rows, TaskTokens, plan_steps
 from neat_kernels.finetune.checkpoint import read_state, restore_state, training_state, write_state
-from neat_kernels.finetune.interrupt import Interrupted
 from neat_kernels.finetune.measure import ACCURACY, MEASURES, Measure, mean
 from neat_kernels.finetune.memory import peak_of_step
 from neat_kernels.finetune.methods import count, prepare, trainable_parameters
 from neat_kernels.finetune.model import LanguageModel, Pretrained, TaskModel, TextClassifier
 from neat_kernels.finetune.settings import Settings
+from neat_kernels.interrupt import Interrupted
 
 WEIGHT_DECAY = 0.01
 WARMUP_SHARE = 0.06

@@ -12,10 +12,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from neat_kernels.finetune.files import write_atomically
+from neat_kernels.files import write_atomically
 from neat_kernels.finetune.model import TaskModel
-from neat_kernels.finetune.settings import Settings, UsageError
+from neat_kernels.finetune.settings import Settings
 from neat_kernels.finetune.train import MethodResult, TrainingError
+from neat_kernels.usage import UsageError
 
 TRIALS = "trials"
 

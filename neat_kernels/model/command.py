@@ -14,12 +14,12 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from neat_kernels.finetune.files import write_atomically
-from neat_kernels.finetune.settings import UsageError
+from neat_kernels.files import write_atomically
 from neat_kernels.model.devices import Device, named
 from neat_kernels.model.predict import Comparison, compare_steps
 from neat_kernels.model.work import HALF, ITEMSIZE, Layer, is_small_batch
 from neat_kernels.plan import most_of_a_small_batch
+from neat_kernels.usage import UsageError
 
 # The project's budgets are set for these: two large layers, one that is bound by launches, one of few tokens.
 SHAPES = ("8192x4096x4096", "8192x4096x14336", "2048x768x768", "16x4096x4096")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
-from neat_kernels.finetune.settings import UsageError
+from neat_kernels.usage import UsageError
 
 PLANS = "plans"
 STAGES = (
@@ -78,6 +78,9 @@ def run(options: Mapping[str, Any], console: Console) -> None:
 
     request = _request(options)
     if options["dry_run"]:
+        for name in ("minutes", "output_dir", "again"):
+            if options[name] not in (None, False):
+                raise UsageError(f"--dry-run lists everything that there is: expected no --{name.replace('_', '-')}")
         target, words = _listed_target()
         print_list(items(request, target), words, console)
         return

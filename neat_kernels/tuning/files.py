@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from neat_kernels.environment import versions
-from neat_kernels.finetune.files import write_atomically
-from neat_kernels.finetune.settings import UsageError
+from neat_kernels.files import write_atomically
 from neat_kernels.kernels import launch, measured
 from neat_kernels.kernels.configs import Config
 from neat_kernels.model import measured as measured_plans
+from neat_kernels.usage import UsageError
 
 _DATE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00")
 _VERSIONS = ("torch", "triton", "neat-kernels")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_every_module
 
 from neat_kernels.base_layer import as_matrix, is_conv1d
+from neat_kernels.vocabulary import is_sharded
 
 # Bytes of W that are alive in fp32 at one time: a quarter of the largest W of an 8B model, 14336 x 4096.
 BLOCK_BYTES = 64 << 20
@@ -123,8 +124,9 @@ def _bitsandbytes(base: Any, bnb: Any) -> Packed | None:
 
 
 def _bitsandbytes_4bit(base: Any, bnb: Any) -> Packed | None:
-    state, codes = base.weight.quant_state, base.weight.data
-    if state is None:
+    # The weight has lost it where FSDP has made another parameter of it.
+    state, codes = getattr(base.weight, "quant_state", None) or getattr(base, "quant_state", None), base.weight.data
+    if state is None or is_sharded(base.weight):
         return None
     packed_for_cpu = bool(getattr(state, "packing_format_for_cpu", False))
     if packed_for_cpu:

@@ -6,8 +6,6 @@ import os
 import tempfile
 from pathlib import Path
 
-from neat_kernels.adapters.folder import umask
-
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write `content` to a temporary name beside `path`, then rename it over `path`."""
@@ -23,3 +21,10 @@ def write_atomically(path: Path, content: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def umask() -> int:
+    """The permissions that a new file of this process does not get."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
