@@ -241,9 +241,16 @@ def test_half_models_get_float32_adapters_as_pefts_other_methods(autocast_adapte
     model = get_peft_model(Block().bfloat16(), config, autocast_adapter_dtype=autocast_adapter_dtype)
     dtypes = {p.dtype for name, p in model.named_parameters() if "neat_" in name}
     assert dtypes == {torch.float32 if autocast_adapter_dtype else torch.bfloat16}
-    y = model(torch.randn(3, 12, dtype=torch.bfloat16))
+    x = torch.randn(3, 12, dtype=torch.bfloat16)
+    y = model(x)
     assert y.dtype == torch.bfloat16
     y.sum().backward()
+    # PEFT has made the adapter's parameters anew.
+    layer = model.base_model.model.up
+    model.eval()
+    with torch.no_grad():
+        model(x)
+    assert layer._neat_cache.factors is not None
 
 
 def test_a_trained_base_weight_gets_its_gradient():

@@ -243,3 +243,26 @@ def test_the_weight_is_read_once_each_way_and_the_rest_as_elsewhere(accesses, or
     assert not accesses.reads(dx).any()
     for made in (dx, dA, dB, dbias):
         assert (accesses.writes(made) == 1).all()
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_layers_explain_it(orientation):
+    peft = pytest.importorskip("peft")
+    from neat_kernels.integrations.peft import NeatConfig, accelerate
+
+    options = {"r": 4, "target_modules": ["0"]}
+    base = torch.nn.Sequential(torch.nn.Linear(12, 10, device=DEVICE, dtype=torch.bfloat16))
+    if orientation == "out":
+        model = peft.get_peft_model(base, peft.PeanutConfig(**options))
+        accelerate(model, backend="triton")
+    else:
+        model = peft.get_peft_model(base, NeatConfig(orientation="in", backend="triton", **options))
+    layer, x = model.base_model.model[0], torch.randn(4, 12, device=DEVICE, dtype=torch.bfloat16)
+    ours = nk.FusedNeatLinear.from_linear(base[0].base_layer, r=4, orientation=orientation, backend="triton")
+    for tokens in (x, x.repeat(100, 1)):
+        told = layer.explain(tokens)
+        assert told == str(ours.explain(tokens))
+        assert ("small batch" in told) == (len(tokens) == 4)
+    layer.eval()
+    with torch.no_grad():
+        assert "small batch" not in layer.explain(x)

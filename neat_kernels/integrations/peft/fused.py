@@ -73,7 +73,16 @@ class FusedLayer(nn.Module):
             return f"PEFT's own forward: {way}"
         r, dtype = self._rank_and_dtype(names)
         out_features, in_features = matrix_shape(way.base)
-        plan = make_plan(self._settings().backend, x.device, autocast_dtype(x), dtype, r, in_features, out_features)
+        plan = make_plan(
+            self._settings().backend,
+            x.device,
+            autocast_dtype(x),
+            dtype,
+            r,
+            in_features,
+            out_features,
+            *self._along_with_features(way, names, x),
+        )
         if way.weight is None:
             return f"the base layer is called ({way.why}), the branch is added: backend={plan.backend}"
         return str(plan)
@@ -97,6 +106,10 @@ class FusedLayer(nn.Module):
 
     def _obstacle(self, name: str) -> str | None:
         raise NotImplementedError
+
+    def _along_with_features(self, way: Route, names: list[str], x: Tensor) -> tuple[str, int | None]:
+        """The orientation, and how many tokens there are where one call computes features and tokens."""
+        return "out", None
 
     def _run(self, way: Route, names: list[str], x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -169,12 +182,23 @@ class FusedNetworks(FusedLayer):
         networks = [self._network(name) for name in names]
         return sum(network.A.shape[0] for network in networks), networks[0].A.dtype
 
-    def _cached(self, way: Route, networks: list[Network], x: Tensor) -> list[Branch] | None:
-        """The adapters as one branch, where nothing is trained and the features may be kept."""
+    def _along_with_features(self, way: Route, names: list[str], x: Tensor) -> tuple[str, int | None]:
+        networks = [self._network(name) for name in names]
+        if way.weight is None or len(networks) > 1 or self._cacheable(way, networks) is not None:
+            return "out", None
+        return networks[0].orientation, x.shape[:-1].numel()
+
+    def _cacheable(self, way: Route, networks: list[Network]) -> tuple[Tensor, ...] | None:
+        """What the features are cached for, where nothing is trained and they may be kept; else None."""
         if self.training or torch.is_grad_enabled():
             return None
         parameters = self._feature_parameters(networks, way.base)
-        if not self._neat_cache.usable(parameters):
+        return parameters if self._neat_cache.usable(parameters) else None
+
+    def _cached(self, way: Route, networks: list[Network], x: Tensor) -> list[Branch] | None:
+        """The adapters as one branch, where nothing is trained and the features may be kept."""
+        parameters = self._cacheable(way, networks)
+        if parameters is None:
             return None
         dtype = self._settings().for_tokens(x)["compute_dtype"] or autocast_dtype(x)
         key = (dtype, *((n.orientation, n.activation, n.scaling) for n in networks))

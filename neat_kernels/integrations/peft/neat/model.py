@@ -44,6 +44,13 @@ class NeatModel(BaseTuner):
             raise ValueError(f"layer_options must name layers of the model in full, got {strangers[0]!r}")
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+        # It makes new parameters, for which a layer would keep no features.
+        for layer in self.model.modules():
+            if isinstance(layer, NeatLinear):
+                layer.invalidate()
+
     def _create_and_replace(
         self,
         peft_config: NeatConfig,
