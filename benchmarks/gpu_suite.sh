@@ -23,6 +23,11 @@
 #   pytest          the pytest-benchmark files
 #   tune            launch configurations and plans, ranks up to 16, into OUT; repeated, it goes on where it stopped
 #
+# Where a GPU is at hand for a quarter of an hour, these first, each line one call:
+#   tests-kernels kernels host layer-large          (about 130 + 80 + 15 + 150 s)
+#   tests-gpu layer-small model tune
+# A wrong kernel spoils all that follows, hence tests-kernels; `kernels` has the ceilings too.
+#
 # --resume leaves the parts that OUT has as "ok", and begins no case or process anew that an interrupted part has of the
 # same commit, device and versions.
 #
@@ -77,18 +82,19 @@ obstacle() {
     esac
     [[ "$1" != sanitizer ]] || command -v compute-sanitizer > /dev/null || { echo "compute-sanitizer is not installed"; return; }
     case "$1" in ceilings | tests-gpu | tests-kernels | sanitizer | layer-* | decoding | tokens | widths | block | kernels | model* | \
-            host | tune) [[ -n "$gpu" ]] || echo "no CUDA device" ;; esac
+            host | pytest | tune) [[ -n "$gpu" ]] || echo "no CUDA device" ;; esac
 }
 
 few=(neat neat_half accelerated peft_lora peft_lora_half peft_peanut lora_by_hand)
 all=("${few[@]}" neat_lora formula formula_compiled)
 
+# A process takes half a minute to start on a GPU machine: each measures all the shapes of a part.
 # Set `command` to a run of layer_ratio, or of model_step, for a part; what a part has of it already is kept or gone.
 ratio() {
     local part="$1"
     shift
     command=("$PYTHON" -m benchmarks.layer_ratio --device cuda --dtypes bfloat16 --threads 8 --seconds 0.5 --limit 500
-        --output "$OUT/$part.json" --resume "$@")
+        --together --output "$OUT/$part.json" --resume "$@")
 }
 step() {
     command=("$PYTHON" -m benchmarks.model_step --device cuda --model llama-3.2-3b --targets "$2" --dtype bfloat16
@@ -124,7 +130,7 @@ command_of() {
         model) step "$1" default ;;
         model-all-linear) step "$1" all-linear ;;
         host) command=("$PYTHON" -m benchmarks.host_cost --device cuda --profile --output "$OUT/$1.json") ;;
-        pytest) command=("$PYTHON" -m pytest benchmarks --benchmark-json "$OUT/pytest.json") ;;
+        pytest) command=("$PYTHON" -m pytest -m gpu benchmarks --benchmark-json "$OUT/pytest.json") ;;
         # What has begun is finished: the rest of the part's time is for that.
         tune) command=("$PYTHON" -m neat_kernels tune --quick --minutes 8 --output-dir "$OUT") ;;
     esac
@@ -180,5 +186,5 @@ main() {
     return "$failed"
 }
 
-main "$@" 2>&1 | tee "$OUT/suite.log"
+main "$@" 2>&1 | tee ${resume:+-a} "$OUT/suite.log"
 exit "${PIPESTATUS[0]}"

@@ -13,11 +13,13 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from neat_kernels.bench import BenchError
 from neat_kernels.bench.block import ADAPTED, BLOCKS, parse_block
 from neat_kernels.bench.contenders import BASELINE, CONTENDERS, check_company
 from neat_kernels.bench.measure import LABELS, MODES
@@ -34,27 +36,62 @@ def main(arguments: list[str] | None = None) -> int:
     facts = provenance()
     print(f"{facts['device']} (CPU {facts['cpu_capability']}), {options.threads} CPU threads, commit {facts['commit']}")
     print(", ".join(f"{package} {version or '(not installed)'}" for package, version in facts["versions"].items()))
-    deadline = time.monotonic() + options.limit
     done = _done_before(options, facts)
-    cases: list[dict[str, Any]] = []
-    sound = True
-    for case in _cases(options):
-        kept = (old["runs"] for old in done if {key: old.get(key) for key in case} == case)
-        runs: list[dict[str, Any]] = next(kept, [])[: options.processes]
-        runs += fresh_processes([case], options.processes - len(runs), deadline, first=len(runs))[0]
-        if not runs:
+    cases = _cases(options)
+    runs: list[list[dict[str, Any]]] = [
+        next((old["runs"][: options.processes] for old in done if {key: old.get(key) for key in case} == case), [])
+        for case in cases
+    ]
+
+    def write() -> None:
+        if options.output is not None and any(runs):
+            found = [
+                {**case, "runs": ran, "summary": summarize(ran)} for case, ran in zip(cases, runs, strict=True) if ran
+            ]
+            write_json(options.output, {"provenance": facts, "processes": options.processes, "cases": found})
+
+    ended = _measure(cases, runs, options, write)
+    for case, ran in zip(cases, runs, strict=True):
+        if ran:
+            _print_case(case, ran, summarize(ran))
+        else:
             print(f"\n{case['shape']} {case['dtype']}: not run, the limit of {options.limit:.0f} s was reached")
-            continue
-        summary = summarize(runs)
-        _print_case(case, runs, summary)
-        sound &= is_sound(runs)
-        cases.append({**case, "runs": runs, "summary": summary})
-        if options.output is not None:
-            write_json(options.output, {"provenance": facts, "processes": options.processes, "cases": cases})
-    complete = len(cases) == len(_cases(options)) and all(len(case["runs"]) == options.processes for case in cases)
+    complete = all(len(ran) == options.processes for ran in runs)
     if not complete:
         print("\nnot complete: the same command with --resume goes on from here")
-    return 0 if sound and complete else 1
+    return 0 if ended and complete and all(map(is_sound, runs)) else 1
+
+
+def _measure(
+    cases: list[dict[str, Any]],
+    runs: list[list[dict[str, Any]]],
+    options: argparse.Namespace,
+    write: Callable[[], None],
+) -> bool:
+    """Add the runs that are missing, and write after each process; False if a process ended without its results."""
+    deadline, longest, ended = time.monotonic() + options.limit, 0.0, True
+    numbers = range(len(cases))
+    for group in [list(numbers)] if options.together else [[i] for i in numbers]:
+        for process in range(options.processes):
+            lacking = [i for i in group if len(runs[i]) <= process]
+            start = time.monotonic()
+            if not lacking or start + longest > deadline:
+                continue
+            try:
+                # A process that dies, as of an illegal access on a GPU, costs neither what it has done nor the others.
+                into = [runs[i] for i in lacking]
+                fresh_processes([cases[i] for i in lacking], 1, deadline, _told, False, process, into)
+            except BenchError as error:
+                print(f"\n{error}", file=sys.stderr, flush=True)
+                ended = False
+            longest = max(longest, time.monotonic() - start)
+            write()
+    return ended
+
+
+def _told(case: dict[str, Any]) -> None:
+    what = " ".join(filter(None, (case["mode"], case["block"], case["shape"], case["dtype"])))
+    print(f"measured in one process more: {what}", file=sys.stderr, flush=True)
 
 
 def _cases(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -113,6 +150,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=5, help="fresh processes per case (default: 5)")
     parser.add_argument("--seconds", type=float, default=2.0, help="timed per contender and process (default: 2)")
     parser.add_argument("--limit", type=float, default=540, help="start no further process after so many seconds")
+    parser.add_argument("--together", action="store_true", help="measure all cases in each process, not one alone")
     parser.add_argument("--contenders", nargs="+", default=list(_DEFAULT), choices=list(CONTENDERS))
     parser.add_argument("--output", type=Path, help="write the results to this JSON file")
     parser.add_argument("--resume", action="store_true", help="keep what that file has of the same commit and device")

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import cpu_suite, layer_ratio, model_contenders, model_step
 from benchmarks.models import Model
-from neat_kernels.bench import provenance
+from neat_kernels.bench import BenchError, processes, provenance
 from neat_kernels.bench.model_results import read_model_results
 from neat_kernels.bench.model_results import summarize as summarize_models
 
@@ -28,9 +28,9 @@ def test_layer_ratio_goes_on_where_it_stopped(tmp_path, monkeypatch):
     asked = []
     measured = layer_ratio.fresh_processes
 
-    def fresh(cases, processes, *rest, **more):
+    def fresh(cases, processes, *rest):
         asked.extend(cases * processes)
-        return measured(cases, processes, *rest, **more)
+        return measured(cases, processes, *rest)
 
     monkeypatch.setattr(layer_ratio, "fresh_processes", fresh)
     assert layer_ratio.main([*command, "--modes", "training", "inference", "--resume"]) == 0
@@ -52,6 +52,30 @@ def test_layer_ratio_adds_the_processes_that_are_missing(tmp_path, monkeypatch):
     assert [next(iter(run["contenders"])) for run in runs] == ["frozen", "neat"]
     assert "peak_bytes" in runs[0]["contenders"]["neat"]
     assert "peak_bytes" not in runs[1]["contenders"]["neat"]
+
+
+@pytest.mark.parametrize("together", [(), ("--together",)])
+def test_a_process_that_dies_costs_neither_what_it_has_done_nor_the_others(together, tmp_path, monkeypatch, capsys):
+    """The second process dies in the second of three cases."""
+    begun = []
+
+    def measure(cases, done, quiet):
+        begun.append([case["shape"] for case in cases])
+        for number, case in enumerate(cases):
+            if case["shape"] == "2x4x4x1" and not case["memory"]:
+                raise BenchError("it died")
+            timed = {"status": "timed", "adapter_dtype": "float32", "samples_ms": [1.0]}
+            done(number, {"tolerance": 1.0, "weight_copies": 1, "contenders": dict.fromkeys(case["contenders"], timed)})
+
+    monkeypatch.setattr(processes, "_process", measure)
+    output = tmp_path / "out.json"
+    command = ["--dtypes", "float32", "--contenders", "neat", "--processes", "2", "--output", str(output), *together]
+    assert layer_ratio.main([*command, "--shapes", "1x4x4x1", "2x4x4x1", "3x4x4x1"]) == 1
+    assert "it died" in capsys.readouterr().err
+    counts = {case["shape"]: len(case["runs"]) for case in json.loads(output.read_text())["cases"]}
+    assert counts == {"1x4x4x1": 2, "2x4x4x1": 1, "3x4x4x1": 1 if together else 2}
+    assert len(begun) == (2 if together else 6)
+    assert layer_ratio.main([*command, "--resume", "--shapes", "1x4x4x1", "3x4x4x1"]) == 0
 
 
 def test_the_cpu_suite_runs_its_parts_and_says_what_is_not_complete(tmp_path, monkeypatch, capsys):

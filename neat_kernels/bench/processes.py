@@ -33,6 +33,7 @@ def fresh_processes(
     told: Callable[[Case], None] = lambda case: None,
     quiet: bool = False,
     first: int = 0,
+    into: Sequence[list[Run]] | None = None,
 ) -> list[list[Run]]:
     """Measure every case in each of several processes, which run one after the other.
 
@@ -43,6 +44,7 @@ def fresh_processes(
         told: is called with every case that a process has done.
         first: number of the first process, where others ran before.
         quiet: keep what the processes write to stderr for the message of an error.
+        into: lists that the runs are added to, which have them even where an error follows; None makes new ones.
 
     Returns:
         The runs of each case, as many as there were processes.
@@ -50,15 +52,19 @@ def fresh_processes(
     Raises:
         BenchError: a process ended without the results of all cases.
     """
-    runs: list[list[Run]] = [[] for _ in cases]
+    runs: list[list[Run]] = [[] for _ in cases] if into is None else list(into)
+
+    def done(number: int, run: Run) -> None:
+        runs[number].append(run)
+        told(cases[number])
+
     longest = 0.0
     for i in range(first, first + processes):
         start = time.monotonic()
         if start + longest > deadline:
             break
         asked = [{**case, "memory": i == 0, "contenders": rotated(case["contenders"], i)} for case in cases]
-        for j, run in enumerate(_process(asked, told, quiet)):
-            runs[j].append(run)
+        _process(asked, done, quiet)
         longest = max(longest, time.monotonic() - start)
     return runs
 
@@ -69,33 +75,32 @@ def rotated(names: list[str], by: int) -> list[str]:
     return names[head:] + names[:head]
 
 
-def _process(cases: list[Case], told: Callable[[Case], None], quiet: bool) -> list[Run]:
+def _process(cases: list[Case], done: Callable[[int, Run], None], quiet: bool) -> None:
     command = [sys.executable, "-m", "neat_kernels.bench.worker", json.dumps(cases)]
     # It finds the modules that this process finds.
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     environment = {**os.environ, "PYTHONPATH": path}
-    runs: list[Run] = []
+    count = 0
     with tempfile.TemporaryFile("w+") as errors:
         log = errors if quiet else None
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment) as worker:
             try:
                 for line in worker.stdout or ():
                     if line.startswith(MARK):
-                        runs.append(json.loads(line.removeprefix(MARK)))
-                        told(cases[len(runs) - 1])
+                        done(count, json.loads(line.removeprefix(MARK)))
+                        count += 1
             except BaseException:
                 worker.kill()
                 raise
         errors.seek(0)
         last = errors.read().strip().splitlines()[-1:]
-    if worker.returncode or len(runs) < len(cases):
-        missing = cases[min(len(runs), len(cases) - 1)]
+    if worker.returncode or count < len(cases):
+        missing = cases[min(count, len(cases) - 1)]
         raise BenchError(
             f"expected the results of {missing['shape']} in {missing['dtype']}; the process that measures ended with "
             f"exit status {worker.returncode}{', killed: out of memory?' if worker.returncode == -9 else ''}"
             + "".join(f": {line}" for line in last)
         )
-    return runs
 
 
 def summarize(runs: list[Run]) -> dict[str, Any]:
