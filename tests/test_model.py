@@ -188,7 +188,10 @@ class TestChoiceOfThePlan:
         path = tmp_path / "plans.json"
         path.write_text(json.dumps({"plans": [written]}))
         monkeypatch.setattr(measured.measured_plan, "__defaults__", (path,))
+        monkeypatch.setattr(measured.measured_limit, "__defaults__", (path,))
         device = gpu(written["device"])
+        for length, expected in ((640, "fused"), (704, "cublas")):
+            assert steps.chosen_plan(Layer(4096, length, length), devices.DEVICES["A100"]) == expected
         assert plan.choose_gemm(device, torch.bfloat16, 640) == "fused"
         assert plan.choose_gemm(device, torch.bfloat16, 641) == "cublas"
         told = plan.make_plan("triton", device, torch.bfloat16, torch.float32, 16, 641, 641)

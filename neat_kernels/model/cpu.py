@@ -125,11 +125,11 @@ def _gemm(dtype: str) -> float:
     return 2 * 2048**3 / _fastest(lambda: a @ b)
 
 
-def _fastest(call: Callable[[], object], seconds: float = 0.5, at_least: int = 5) -> float:
+def _fastest(call: Callable[[], object]) -> float:
     call()
     samples: list[float] = []
-    stop = time.perf_counter() + seconds
-    while len(samples) < at_least or time.perf_counter() < stop:
+    stop = time.perf_counter() + 0.5
+    while len(samples) < 5 or time.perf_counter() < stop:
         start = time.perf_counter()
         call()
         samples.append(time.perf_counter() - start)

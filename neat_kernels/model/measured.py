@@ -1,4 +1,4 @@
-"""Plans of the base GEMM that were measured, from a file beside the kernels; there is none until something measures.
+"""Plans of the base GEMM that were measured, from a file beside the kernels.
 
     {"plans": [{"device": "NVIDIA H200", "dtype": "bfloat16", "fused_up_to": 2048,
                 "source": "the command, commit and date that measured it"}]}
@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from neat_kernels.kernels.measured import listed
 
 PATH = measured.PATH.with_name("measured_plans.json")
 _FIELDS = {"device": str, "dtype": str, "fused_up_to": int, "source": str}
-_DTYPES = ("bfloat16", "float16")
+_SHORT = {"bf16": "bfloat16", "fp16": "float16"}
 
 
 class Measured(NamedTuple):
@@ -38,6 +39,12 @@ def measured_plan(device: str, dtype: str, path: Path = PATH) -> Measured | None
     return Measured(found[0]["fused_up_to"], found[0]["source"]) if found else None
 
 
+def measured_limit(reported: str, dtype: str, path: Path = PATH) -> int | None:
+    """The shortest measured limit of the devices whose names match a pattern, in "bf16" or "fp16"; or None."""
+    known = [e for e in entries(path) if re.fullmatch(reported, e["device"]) and e["dtype"] == _SHORT[dtype]]
+    return min((entry["fused_up_to"] for entry in known), default=None)
+
+
 def entries(path: Path) -> list[dict[str, Any]]:
     """The entries of a file, none where there is no file.
 
@@ -47,7 +54,7 @@ def entries(path: Path) -> list[dict[str, Any]]:
     plans = listed(path, "plans")
     for entry in plans:
         types = {name: type(value) for name, value in entry.items()} if isinstance(entry, dict) else None
-        if types != _FIELDS or entry["dtype"] not in _DTYPES or entry["fused_up_to"] < 0:
+        if types != _FIELDS or entry["dtype"] not in _SHORT.values() or entry["fused_up_to"] < 0:
             expected = "device, dtype (bfloat16 or float16), fused_up_to (an integer, 0 or more) and source"
             raise ValueError(f"{path}: expected plans with {expected}, got {entry!r}")
     return plans

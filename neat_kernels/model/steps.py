@@ -6,6 +6,7 @@ from neat_kernels.kernels import launch
 from neat_kernels.model import features, small, tokens
 from neat_kernels.model.devices import Device
 from neat_kernels.model.gemm import fused_up_to
+from neat_kernels.model.measured import measured_limit
 from neat_kernels.model.work import HALF, Layer, Step, is_small_batch
 from neat_kernels.plan import FUSED_UP_TO
 
@@ -65,14 +66,15 @@ def split_plan(plan: str) -> tuple[str, str]:
 
 
 def chosen_plan(layer: Layer, device: Device) -> str:
-    """The plan that the layer takes in training on a device where nobody has measured any."""
+    """The plan that the layer takes in training on a device."""
     return "small" if is_small_batch(layer) else _chosen_gemm(layer, device)
 
 
 def _chosen_gemm(layer: Layer, device: Device) -> str:
     if layer.dtype not in HALF:
         return "cublas"
-    limit = fused_up_to(device, layer.dtype)
+    limit = measured_limit(device.reported, layer.dtype)
+    limit = fused_up_to(device, layer.dtype) if limit is None else limit
     limit = FUSED_UP_TO if limit is None else limit
     apply, dgrad = ("fused" if n <= limit else "cublas" for n in (layer.in_features, layer.out_features))
     return apply if apply == dgrad else f"{apply}:{dgrad}"
