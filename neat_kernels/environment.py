@@ -17,9 +17,11 @@ PACKAGES = ("torch", "triton", "transformers", "peft")
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python, this package and what it works with; found without importing any of them."""
+    """The versions of Python, this package and what it works with; found without importing any but torch."""
     found = {"python": platform.python_version(), "neat-kernels": __version__}
-    return found | {package: installed(package) for package in PACKAGES}
+    found |= {package: installed(package) for package in PACKAGES}
+    # Its metadata leave out which CUDA it was built for.
+    return found | {"torch": str(torch.__version__)}
 
 
 def installed(package: str) -> str:

@@ -69,7 +69,9 @@ def neat_linear(
         y [..., N] in x's dtype (the autocast dtype under autocast).
 
     Raises:
-        ValueError: a shape, dtype, device or option is not as above, or W requires a gradient.
+        ValueError: a shape, dtype, device or option is not as above, W requires a gradient or is a shard.
+        TypeError: scaling or dropout is no number.
+        RuntimeError: a tensor has a tangent of forward-mode AD.
         BackendUnavailableError: `backend` cannot run here.
 
     Source: arXiv 2410.01870.
@@ -77,7 +79,7 @@ def neat_linear(
     chain = _check_network(weight, A, encoders, decoders, orientation, activation)
     out_features, in_features = weight.shape
     r, columns = A.shape
-    _check_device(weight.device, x=x, B=B, bias=bias)
+    _check_device("the weight", weight.device, x=x, B=B, bias=bias)
     if tuple(B.shape) != (columns, r) or B.dtype != A.dtype:
         raise ValueError(f"B must be [{columns}, {r}] in A's {A.dtype}, got {tuple(B.shape)} in {B.dtype}")
     _check_tokens(x, weight, bias, scaling, dropout, compute_dtype)
@@ -130,7 +132,8 @@ def neat_features(
         H in float32, or float64 if W or A is.
 
     Raises:
-        ValueError: a shape, dtype, device or option is not as above, or W requires a gradient.
+        ValueError: a shape, dtype, device or option is not as above, W requires a gradient or is a shard.
+        RuntimeError: a tensor has a tangent of forward-mode AD.
         BackendUnavailableError: `backend` cannot run here.
 
     Source: arXiv 2410.01870.
@@ -175,14 +178,16 @@ def low_rank_linear(
         y [..., N] in x's dtype (the autocast dtype under autocast).
 
     Raises:
-        ValueError: a shape, dtype, device or option is not as above, or W requires a gradient.
+        ValueError: a shape, dtype, device or option is not as above, W requires a gradient or is a shard.
+        TypeError: scaling or dropout is no number.
+        RuntimeError: a tensor has a tangent of forward-mode AD.
         BackendUnavailableError: `backend` cannot run here.
 
     Source: arXiv 2106.09685 (LoRA); arXiv 2410.01870 (Neat).
     """
     _check_weight(weight)
     out_features, in_features = weight.shape
-    _check_device(weight.device, x=x, down=down, up=up, bias=bias)
+    _check_device("the weight", weight.device, x=x, down=down, up=up, bias=bias)
     _check_factors(weight, down, up)
     _check_tokens(x, weight, bias, scaling, dropout, compute_dtype)
     _check_no_tangent(x, weight, down, up, bias)
@@ -235,6 +240,8 @@ def low_rank_add(
 
     Raises:
         ValueError: a shape, dtype, device or option is not as above.
+        TypeError: scaling or dropout is no number.
+        RuntimeError: a tensor has a tangent of forward-mode AD.
         BackendUnavailableError: `backend` cannot run here.
     """
     r = down.shape[-1] if down.ndim else 0
@@ -247,7 +254,7 @@ def low_rank_add(
         raise ValueError(f"base must be {(*x.shape[:-1], out_features)}, got {tuple(base.shape)}")
     for name, t in {"x": x, "base": base, "down": down, "up": up}.items():
         _check_float(name, t)
-    _check_device(x.device, base=base, down=down, up=up)
+    _check_device("x", x.device, base=base, down=down, up=up)
     _check_branch(x, scaling, dropout, compute_dtype)
     _check_no_tangent(x, base, down, up)
     seed = draw_seed(x) if training and dropout > 0.0 else None
@@ -336,7 +343,7 @@ def _check_network(
             f"A must be [r, {columns}] for a weight {tuple(weight.shape)} and orientation={orientation!r}, "
             f"got {tuple(A.shape)}"
         )
-    _check_device(weight.device, A=A)
+    _check_device("the weight", weight.device, A=A)
     return _stack_chain(encoders, decoders, A)
 
 
@@ -362,10 +369,10 @@ def _check_branch(x: Tensor, scaling: float, dropout: float, compute_dtype: torc
         )
 
 
-def _check_device(device: torch.device, **tensors: Tensor | None) -> None:
+def _check_device(owner: str, device: torch.device, **tensors: Tensor | None) -> None:
     for name, t in tensors.items():
         if t is not None and t.device != device:
-            raise ValueError(f"{name} must be on the weight's device {device}, got {t.device}")
+            raise ValueError(f"{name} must be on {owner}'s device {device}, got {t.device}")
 
 
 def _check_no_tangent(*tensors: Tensor | None) -> None:
@@ -388,5 +395,5 @@ def _stack_chain(encoders: Sequence[Tensor], decoders: Sequence[Tensor], A: Tens
                 raise ValueError(
                     f"{name}[{i}] must be [{r}, {r}] in {A.dtype}, got {tuple(layer.shape)} in {layer.dtype}"
                 )
-            _check_device(A.device, **{f"{name}[{i}]": layer})
+            _check_device("the weight", A.device, **{f"{name}[{i}]": layer})
     return torch.stack((*encoders, *decoders))

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from neat_kernels.torch_backend.dropout import draw_seed, keep_mask
-from neat_kernels.vocabulary import autocast_dtype, wide_dtype
+from neat_kernels.vocabulary import ACTIVATIONS, ORIENTATIONS, autocast_dtype, check_choice, wide_dtype
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -55,8 +55,15 @@ def neat_features(
     Returns:
         H, float32, or float64 if W or A is.
 
+    Raises:
+        ValueError: an unknown orientation or activation, or encoders without as many decoders.
+
     Source: arXiv 2410.01870; the nested skips follow PEFT's PEANuT.
     """
+    check_choice("orientation", orientation, ORIENTATIONS)
+    check_choice("activation", activation, ACTIVATIONS)
+    if len(encoders) != len(decoders):
+        raise ValueError(f"encoders and decoders must pair up, got {len(encoders)} and {len(decoders)}")
     wide = wide_dtype(weight, A)
     act = _ACTIVATIONS[activation]
     W = weight.to(wide)

@@ -126,7 +126,8 @@ def test_every_public_name_has_a_section():
 
 def test_every_public_attribute_of_the_layer_is_documented():
     text = section(read(API), "`FusedNeatLinear`")
-    public = [name for name in vars(nk.FusedNeatLinear) if not name.startswith("_")]
+    own = [kind for kind in nk.FusedNeatLinear.__mro__ if kind.__module__.startswith("neat_kernels.")]
+    public = [name for kind in own for name in vars(kind) if not name.startswith("_")]
     assert {"merge", "base_weight", "explain"} <= set(public)
     assert [name for name in public if not re.search(rf"`(FusedNeatLinear\.)?{name}[`(]", text)] == []
 
@@ -190,3 +191,30 @@ def test_every_page_is_reached_from_the_readme():
     linked = {(README.parent / target).resolve() for target in LINK.findall(read(README))}
     assert [page.name for page in PAGES if page != README and page not in linked] == []
     assert [script.name for script in sorted((ROOT / "examples").glob("*.py")) if script not in linked] == []
+
+
+def layers():
+    """The row of the design page's table that each file or folder of the package is in, counted from the top."""
+    table = section(read(ROOT / "docs" / "design.md"), "Layers")
+    rows = [re.findall(r"`([\w./]+)`", line.split("|")[1]) for line in table.splitlines() if line.startswith("| `")]
+    return {place.removesuffix(".py").rstrip("/"): i for i, row in enumerate(rows) for place in row}
+
+
+def imported(source):
+    """The files and folders of the package that a file imports, inside functions too."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module == "neat_kernels":
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("neat_kernels."):
+            yield node.module.split(".")[1]
+        elif isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("neat_kernels."))
+
+
+def test_imports_point_downward_as_the_table_of_layers_says():
+    rows, package = layers(), ROOT / "neat_kernels"
+    for path in package.rglob("*.py"):
+        place = path.relative_to(package).parts[0].removesuffix(".py")
+        above = [other for other in imported(read(path)) if rows[other] < rows[place]]
+        # It asks these two what was measured or predicted, as the page says.
+        assert set(above) <= ({"model", "kernels"} if place == "plan" else set()), path

@@ -61,6 +61,19 @@ def test_refuses(name):
         nk.functional.neat_linear(**arguments(**changes))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"orientation": "Out"}, "orientation must be one of 'out', 'in'; got 'Out'"),
+        ({"activation": "mish"}, "activation must be one of"),
+        ({"encoders": [torch.eye(R)] * 2, "decoders": [torch.eye(R)]}, "must pair up, got 2 and 1"),
+    ],
+)
+def test_the_reference_refuses_what_would_be_another_function(options, message):
+    with pytest.raises(ValueError, match=message):
+        nk.reference.neat_features(torch.randn(N, N), torch.randn(R, N), **options)
+
+
 def test_an_explicit_backend_never_falls_back():
     with pytest.raises(nk.BackendUnavailableError, match=r"backend='triton' was requested.*but"):
         nk.functional.neat_linear(**arguments(backend="triton"))

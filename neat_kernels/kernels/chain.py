@@ -38,7 +38,9 @@ def _times_square(
         h_ptrs = h_ptr + offs_m.to(tl.int64)[:, None] * R + offs_s[None, :]
         square_ptrs = square_ptr + offs_s[:, None] * stride_row + offs_r[None, :] * stride_column
         h = tl.load(h_ptrs, mask=(offs_m < rows)[:, None] & (offs_s < R)[None, :], other=0.0)  # [BLOCK_M, SLICE_R]
-        square = tl.load(square_ptrs, mask=(offs_s < R)[:, None] & (offs_r < R)[None, :], other=0.0)
+        square = tl.load(
+            square_ptrs, mask=(offs_s < R)[:, None] & (offs_r < R)[None, :], other=0.0
+        )  # [SLICE_R, BLOCK_R]
         acc = tl.dot(h, square.to(tl.float32), acc, input_precision=PRECISION)
     return acc
 
@@ -110,7 +112,7 @@ def chain_backward(
         da = act_backward(dh, a, ACTIVATION)
         tl.store(da_ptr + offs, da, mask=mask)
         if NEED_DCHAIN:
-            h = tl.load(h_ptr + offs, mask=mask, other=0.0)
+            h = tl.load(h_ptr + offs, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_R]
             _square_gradient(da, h, dchain_ptr + i * R * R, R, BLOCK_R, PRECISION)
         tl.debug_barrier()
         if i >= DEPTH:

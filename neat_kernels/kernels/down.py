@@ -1,4 +1,4 @@
-"""The down stage: S = x̃·D, x̃ = x ∘ mask / (1 - p) under dropout, else x; where cuBLAS follows, s·S·Uᵀ + bias too.
+"""The down stage: S = x̃·D, x̃ = x ∘ mask / (1 - q) under dropout, else x; where cuBLAS follows, s·S·Uᵀ + bias too.
 
 x [M,K], D [K,r] → S [M,r] in the branch dtype c, to which D is rounded first; s·S·Uᵀ + bias [M,N]. Reads x once.
 """

@@ -1,4 +1,4 @@
-"""The down stage backward: dD = x̃ᵀ·dS, x̃ = x ∘ mask / (1 - p) under dropout, else x.
+"""The down stage backward: dD = x̃ᵀ·dS, x̃ = x ∘ mask / (1 - q) under dropout, else x.
 
 x [M,K], dS [M,r] in the branch dtype → dD [K,r]. Reads x once. Two ordered stages: partial sums fp32 [pieces,K,r] over
 pieces of the tokens, then their sum, which a kernel that runs anyway may take; a single piece in fp32, without a mask,

@@ -97,7 +97,7 @@ class GemmCall(NamedTuple):
 
     @property
     def branch(self) -> tuple[float, int]:
-        """The numbers of the branch: scaling, with 1 / (1 - p) under dropout, and the mask's threshold."""
+        """The numbers of the branch: scaling, with 1 / (1 - q) under dropout, and the mask's threshold."""
         return self.scaling / (1.0 - self.dropout), keep_threshold(self.dropout)
 
 

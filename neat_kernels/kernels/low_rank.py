@@ -1,7 +1,7 @@
 """The token side and its backward on Triton kernels: the composition of the stages.
 
-S = x̃·D            y  = x·Wᵀ + bias + s·S·Uᵀ            x̃ = x ∘ mask / (1 - p) under dropout, else x
-dS = s·dy·U        dU = s·dyᵀ·S      dx = dy·W + (dS·Dᵀ) ∘ mask / (1 - p)      dD = x̃ᵀ·dS      dbias = Σ dy
+S = x̃·D            y  = x·Wᵀ + bias + s·S·Uᵀ            x̃ = x ∘ mask / (1 - q) under dropout, else x
+dS = s·dy·U        dU = s·dyᵀ·S      dx = dy·W + (dS·Dᵀ) ∘ mask / (1 - q)      dD = x̃ᵀ·dS      dbias = Σ dy
 
 The functions are those of neat_kernels.torch_backend.low_rank, argument for argument.
 """

@@ -72,7 +72,7 @@ def ordered_sum(partial_ptr, offs, mask, size, pieces, BLOCK_PIECES: tl.constexp
 def sum_block(partial_ptr, out_ptr, pid, size, pieces, scaling, BLOCK: tl.constexpr, BLOCK_PIECES: tl.constexpr):
     """Write block `pid` of out."""
     offs = tl.cast(pid, tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    acc = ordered_sum(partial_ptr, offs, offs < size, size, pieces, BLOCK_PIECES) * scaling
+    acc = ordered_sum(partial_ptr, offs, offs < size, size, pieces, BLOCK_PIECES) * scaling  # [1, BLOCK]
     tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=offs < size)
 
 

@@ -23,9 +23,9 @@ def narrow_dot(v, q, acc, COMPUTE: tl.constexpr, PRECISION: tl.constexpr, PIECES
         rest = wide - high.to(tl.float32)
         middle = rest.to(tl.bfloat16)
         low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-        acc = tl.dot(v, low, acc)
-        acc = tl.dot(v, middle, acc)
-        return tl.dot(v, high, acc)
+        acc = tl.dot(v, low, acc, input_precision="ieee")
+        acc = tl.dot(v, middle, acc, input_precision="ieee")
+        return tl.dot(v, high, acc, input_precision="ieee")
     else:
         return tl.dot(v.to(COMPUTE), q.to(COMPUTE), acc, input_precision=PRECISION)
 

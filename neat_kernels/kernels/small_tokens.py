@@ -87,6 +87,7 @@ def _finish_tokens_kernel(
     c: tl.constexpr = s_ptr.dtype.element_ty
     offs_s, mask_s = narrow_tile(offs_m, M, R, BLOCK_R)
     if shares_ptr is not None:
+        # [BLOCK_M, BLOCK_R]
         s = ordered_sum(shares_ptr, offs_s, mask_s, tl.cast(M, tl.int64) * R, shares, BLOCK_SHARES).to(c)
         if tl.program_id(1) == 0:
             tl.store(s_ptr + offs_s, s, mask=mask_s)

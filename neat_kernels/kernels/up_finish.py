@@ -1,7 +1,7 @@
 """The second stage of the up stage backward: dS, dU and dbias from their partial sums, and dS·Dᵀ where cuBLAS follows.
 
 Partial sums fp32: dS [pieces,M,r], dU [rows,N,r], dbias [rows,N] → dS [M,r], dU [N,r], dbias [N], and
-C = (dS·Dᵀ) ∘ mask / (1 - p) [M,K]. Reads every partial sum once, those of dS once for each piece of C's columns.
+C = (dS·Dᵀ) ∘ mask / (1 - q) [M,K]. Reads every partial sum once, those of dS once for each piece of C's columns.
 """
 
 from typing import NamedTuple

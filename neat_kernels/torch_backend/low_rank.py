@@ -1,7 +1,7 @@
 """The token side and its backward, in torch operations and the products of gemm.
 
-S = x̃·D            y  = x·Wᵀ + bias + s·S·Uᵀ            x̃ = x ∘ mask / (1 - p) under dropout, else x
-dS = s·dy·U        dU = s·dyᵀ·S      dx = dy·W + (dS·Dᵀ) ∘ mask / (1 - p)      dD = x̃ᵀ·dS      dbias = Σ dy
+S = x̃·D            y  = x·Wᵀ + bias + s·S·Uᵀ            x̃ = x ∘ mask / (1 - q) under dropout, else x
+dS = s·dy·U        dU = s·dyᵀ·S      dx = dy·W + (dS·Dᵀ) ∘ mask / (1 - q)      dD = x̃ᵀ·dS      dbias = Σ dy
 
 x, dy [M,K], [M,N]; W [N,K]; D [K,r]; U [N,r]. D, U, S and dS are rounded to the branch dtype c (x's unless
 compute_dtype says otherwise) before any product over tokens; gradients leave their accumulator in their parameter's
@@ -178,7 +178,7 @@ def _dgrad(dy: Tensor, weight: Tensor, dS: Tensor, D: Tensor, seed: Tensor | Non
 
 
 def _branch_dgrad(dS: Tensor, D: Tensor, seed: Tensor | None, branch: Branch, dtype: torch.dtype) -> Tensor:
-    """(dS·Dᵀ) ∘ mask / (1 - p) [M,K]."""
+    """(dS·Dᵀ) ∘ mask / (1 - q) [M,K]."""
     dx = torch.mm(dS, D.t())
     for rows in _token_blocks(dx.shape[0]) if seed is not None else ():
         _drop_(dx[rows], seed, rows, branch.dropout)
