@@ -59,3 +59,24 @@ def whole(tensor):
 def part_of(batch, rank):
     """The rows of a batch that a process has."""
     return {key: value.chunk(WORLD)[rank] for key, value in batch.items()}
+
+
+def by_name(parameters):
+    """Of the trained parameters, without the names that wrappers put before them."""
+    return {name.removeprefix("module."): p for name, p in parameters if p.requires_grad}
+
+
+def same(found, expected):
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+def logits(model, batch):
+    """In eval mode, where features are cached if anything is; asked twice, so that a cache would be read."""
+    model.eval()
+    with torch.no_grad():
+        model(**batch)
+        found = model(**batch).logits
+    model.train()
+    return found

@@ -1,16 +1,15 @@
-"""DistributedDataParallel and FSDP over two processes: what one process computes with the whole batch, and refusals."""
+"""Training under DistributedDataParallel and FSDP, in two processes: what one computes with the whole batch."""
 
 import copy
 import gc
 import re
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors import safe_open
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 import neat_kernels as nk
 
@@ -18,21 +17,10 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 from models import language_batch, make_case
-from processes import WORLD, in_two_processes, parallel, part_of, whole
+from processes import WORLD, by_name, in_two_processes, logits, parallel, part_of, same, whole
 from trainer_problem import SGD, WAYS, Texts, adapted, loop, trained, trainer_of, under_peft
 
 KINDS = ("ddp", "fsdp2")
-
-
-def by_name(parameters):
-    """Of the trained parameters, without the names that wrappers put before them."""
-    return {name.removeprefix("module."): p for name, p in parameters if p.requires_grad}
-
-
-def same(found, expected):
-    assert found.keys() == expected.keys()
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
 def train(rank, way, kind, steps=2):
@@ -52,16 +40,6 @@ def train(rank, way, kind, steps=2):
         after = logits(model, batch)
         assert (after - before).abs().max() > 1e-3
         torch.testing.assert_close(after, logits(plain, batch))
-
-
-def logits(model, batch):
-    """In eval mode, where features are cached if anything is; asked twice, so that a cache would be read."""
-    model.eval()
-    with torch.no_grad():
-        model(**batch)
-        found = model(**batch).logits
-    model.train()
-    return found
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -181,183 +159,37 @@ def test_a_sharded_model_leaves_no_whole_parameter(way):
     in_two_processes(weigh, way)
 
 
-def save(rank, folder):
-    plain = adapted("llama", "fused").eval()
-    model = parallel(copy.deepcopy(plain), "fsdp2")
-    saved = nk.save_adapter(model, folder / f"sharded{rank}")
-    assert (saved.peft_type, saved.layers) == ("PEANUT", 6)
-    nk.save_adapter(plain, folder / f"plain{rank}")
-    sharded, whole = (read(folder / name / "adapter_model.safetensors") for name in ("sharded0", f"plain{rank}"))
-    assert sharded[1] == whole[1]
-    assert all(torch.equal(sharded[0][name], value) for name, value in whole[0].items())
+def train_as_accelerate_prepares(rank, way):
+    """By the function behind Accelerator.prepare, which does not shard on a CPU: over the meta device and back."""
+    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+    plain, batch = adapted("llama", way).train(), language_batch()
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        cpu_ram_efficient_loading=True,
+    )
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin),
+        parallelism_config=SimpleNamespace(fsdp_dim_names=["data"]),
+        torch_device_mesh=init_device_mesh("cpu", (WORLD,), mesh_dim_names=("data",)),
+        device=torch.device("cpu"),
+        mixed_precision="no",
+        is_main_process=rank == 0,
+    )
+    model = fsdp2_prepare_model(accelerator, copy.deepcopy(plain))
+    model(**part_of(batch, rank)).loss.backward()
+    plain(**batch).loss.backward()
+    gradients = {name: whole(p.grad) for name, p in by_name(model.named_parameters()).items()}
+    same(gradients, {name: p.grad for name, p in by_name(plain.named_parameters()).items()})
 
 
-def read(file):
-    """The tensors and the metadata, whose order in the file is not always the same."""
-    with safe_open(file, "pt") as opened:
-        return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()  # noqa: SIM118
-
-
-def test_an_adapter_is_saved_by_the_first_process(tmp_path):
-    in_two_processes(save, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["plain0", "plain1", "sharded0"]
-    base = nk.remove_neat(adapted("llama", "fused"))
-    batch, expected = language_batch(), adapted("llama", "fused").eval()
-    assert torch.equal(nk.load_adapter(base, tmp_path / "sharded0").eval()(**batch).logits, expected(**batch).logits)
-
-
-def save_by_peft(rank, way, folder):
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
-
-    plain, batch = adapted("llama", way).eval(), language_batch()
-    model = parallel(copy.deepcopy(plain), "fsdp2")
-    values = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-    if rank == 0:
-        model.save_pretrained(folder, state_dict=values)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.zero_()
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(model, values, options=options)
-    assert torch.equal(logits(model, batch), logits(plain, batch))
-
-
-@pytest.mark.parametrize("way", ["peanut", "neat"])
-def test_a_state_dict_of_a_sharded_model_goes_into_pefts_file_and_back(way, tmp_path):
-    in_two_processes(save_by_peft, way, tmp_path / "sharded")
-    adapted("llama", way).save_pretrained(tmp_path / "whole")
-    sharded, whole = (read(tmp_path / name / "adapter_model.safetensors")[0] for name in ("sharded", "whole"))
-    assert len(whole) == 24
-    same(sharded, whole)
-
-
-def refuse(rank, folder):
-    model, batch = parallel(adapted("llama", "fused"), "fsdp2"), part_of(language_batch(), rank)
-    layer = next(m for m in model.modules() if isinstance(m, nk.FusedNeatLinear))
-    nk.save_adapter(adapted("llama", "fused"), folder / f"plain{rank}")
-    config = nk.NeatConfig(r=2, target_modules=["k_proj"])
-    whole_model = "expected a model that is whole in this process, got one that fully_shard"
-
-    def refused():
-        for call, error, match in [
-            (layer.merge, RuntimeError, "expected a layer whose W is whole"),
-            (lambda: nk.export_lora(model, folder / "lora"), nk.AdapterError, whole_model),
-            (lambda: nk.load_adapter(model, folder / f"plain{rank}"), nk.AdapterError, whole_model),
-            (lambda: nk.merge_neat(model), ValueError, whole_model),
-            (lambda: nk.remove_neat(model), ValueError, whole_model),
-            (lambda: nk.apply_neat(model, config), ValueError, whole_model),
-            (lambda: nk.reuse_features(model).__enter__(), RuntimeError, "q_proj: expected the parameters .* FSDP"),
-        ]:
-            with pytest.raises(error, match=match):
-                call()
-
-    refused()
-    for call in (lambda: layer(torch.randn(3, layer.in_features)), layer.lora_factors):
-        with pytest.raises(ValueError, match="weight must be whole in this process, got a DTensor"):
-            call()
-    # Gathered, which it stays until the backward or, without one, the next step.
-    model.set_reshard_after_forward(False)
-    loss = model(**batch).loss
-    assert type(layer.weight) is nn.Parameter
-    refused()
-    loss.backward()
-    assert not (folder / "lora").exists()
-
-
-def test_what_a_sharded_model_cannot_do_is_refused(tmp_path):
-    in_two_processes(refuse, tmp_path)
-
-
-def unmerge(rank):
-    model = adapted("llama", "fused")
-    layer = next(m for m in model.modules() if isinstance(m, nk.FusedNeatLinear))
-    layer.merge()
-    parallel(model, "fsdp2")
-    with pytest.raises(RuntimeError, match="expected a layer whose W is whole"):
-        layer.unmerge()
-
-
-def test_a_layer_that_was_sharded_while_merged_cannot_be_unmerged():
-    in_two_processes(unmerge)
-
-
-def save_between_steps(rank, folder):
-    """After a forward in eval(), which leaves gathered parameters that are older than the step that follows."""
-    model, batch = parallel(adapted("llama", "fused").train(), "fsdp2"), part_of(language_batch(), rank)
-    model.set_reshard_after_forward(False)
-    optimizer = torch.optim.SGD(by_name(model.named_parameters()).values(), lr=1.0)
-    model(**batch).loss.backward()
-    logits(model, batch)
-    optimizer.step()
-    optimizer.zero_grad()
-    nk.save_adapter(model, folder / "adapter")
-    saved, _ = read(folder / "adapter" / "adapter_model.safetensors")
-    for name, p in by_name(model.named_parameters()).items():
-        if name.endswith("neat_B"):
-            assert torch.equal(saved[f"base_model.model.{name.replace('neat_B', 'peanut_B.weight')}"], whole(p))
-    model(**batch).loss.backward()
-
-
-def test_what_is_saved_is_what_the_last_step_left(tmp_path):
-    in_two_processes(save_between_steps, tmp_path)
-
-
-def fail_to_save(rank, folder):
-    model = parallel(adapted("llama", "fused"), "fsdp2")
-    # A folder of the first process alone has something in it.
-    with pytest.raises(nk.AdapterError, match=r"first is not empty"):
-        nk.save_adapter(model, folder / ("first" if rank == 0 else "second"))
-
-
-def test_a_save_that_fails_in_the_first_process_fails_in_all(tmp_path):
-    (tmp_path / "first").mkdir()
-    (tmp_path / "first" / "mine").touch()
-    in_two_processes(fail_to_save, tmp_path)
-    assert not (tmp_path / "second").exists()
-
-
-def save_on_a_part_of_a_mesh(rank, folder):
-    mesh = init_device_mesh("cpu", (1, WORLD), mesh_dim_names=("data", "other"))["data"]
-    model = fully_shard(adapted("llama", "fused"), mesh=mesh)
-    nk.save_adapter(model, folder / f"adapter{rank}")
-
-
-def test_of_several_whole_models_on_one_mesh_the_first_is_saved(tmp_path):
-    in_two_processes(save_on_a_part_of_a_mesh, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["adapter0"]
-
-
-def adapt_too_late(rank, folder):
-    model = parallel(adapted("llama", "fused"), "ddp")
-    nk.save_adapter(model, folder / f"adapter{rank}")
-    torch.distributed.barrier()
-    nk.load_adapter(model, folder / "adapter0")
-    plain = parallel(make_case("llama")[0], "ddp")
-    late = "expected a model before DistributedDataParallel"
-    with pytest.raises(ValueError, match=late):
-        nk.apply_neat(plain, nk.NeatConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(nk.AdapterError, match=late):
-        nk.load_adapter(plain, folder / "adapter0")
-    assert all(p.requires_grad for p in plain.parameters())
-
-
-def test_adapters_go_in_before_ddp_and_the_first_process_saves(tmp_path):
-    in_two_processes(adapt_too_late, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["adapter0"]
-
-
-def reuse(rank):
-    model, batch = parallel(adapted("llama", "fused"), "ddp", find_unused_parameters=True), language_batch()
-    message = r"reuse_features\(\) cannot be used under DistributedDataParallel"
-    with pytest.raises(RuntimeError, match=message), nk.reuse_features(model.module):
-        model(**part_of(batch, rank))
-    # Not inside its forward the same model reuses features, as the docs say.
-    with nk.reuse_features(model.module):
-        model.module(**batch).loss.backward()
-
-
-def test_reused_features_are_refused_under_ddp():
-    in_two_processes(reuse)
+@pytest.mark.parametrize("way", WAYS)
+def test_sharded_as_accelerate_does(way):
+    pytest.importorskip("accelerate", minversion="1.6")
+    in_two_processes(train_as_accelerate_prepares, way)
 
 
 def train_flattened(rank, way):
