@@ -210,6 +210,21 @@ def _accelerated(problem: Problem) -> Layer:
     return _stock_peanut(problem, accelerated=True)
 
 
+@_contender(
+    "peft_neat",
+    "PEFT, NeatConfig",
+    "neat",
+    {"peft": ("PeanutConfig",), "neat_kernels.integrations": ()},
+)
+def _peft_neat(problem: Problem) -> Layer:
+    from neat_kernels.integrations.peft import NeatConfig
+
+    config = NeatConfig(r=problem.shape.r, activation="relu", target_modules=["linear"])
+    layer = _inject(problem, config, autocast_adapter_dtype=True)
+    A, B = layer.neat_A["default"].weight, layer.neat_B["default"].weight
+    return dataclasses.replace(_with_adapter(layer, problem, "neat", A, B), caches=True)
+
+
 def _stock_peanut(problem: Problem, accelerated: bool) -> Layer:
     import peft
 

@@ -24,6 +24,7 @@ _STYLES = {
     "neat": ("#D55E00", "-"),
     "neat_half": ("#D55E00", "--"),
     "accelerated": ("#E69F00", "-"),
+    "peft_neat": ("#E69F00", "--"),
     "neat_lora": ("#CC79A7", "-"),
     "peft_lora": ("#0072B2", "-"),
     "peft_lora_half": ("#0072B2", "--"),
