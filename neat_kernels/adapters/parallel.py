@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from neat_kernels.vocabulary import is_sharded
@@ -51,11 +51,7 @@ class Savers:
             mesh = getattr(shard.device_mesh, "_get_root_mesh", lambda: shard.device_mesh)()
             return cls(not any(mesh.get_coordinate()), tuple(mesh.get_group(i) for i in range(mesh.ndim)))
         copies = _copies(model)
-        if copies is None:
-            return cls(True, ())
-        from torch.distributed import get_rank
-
-        return cls(get_rank(copies.process_group) == 0, ())
+        return cls(copies is None or distributed.get_rank(copies.process_group) == 0, ())
 
     def first(self, action: Callable[[], None]) -> None:
         """Let the first process act; where it fails, all that share the shards raise its error, and none waits."""
@@ -65,11 +61,9 @@ class Savers:
                 action()
             except Exception as raised:
                 error = raised
-        if self.groups:
-            from torch.distributed import broadcast_object_list
         for group in self.groups:
             told = [error]
-            broadcast_object_list(told, group=group, group_src=0)
+            distributed.broadcast_object_list(told, group=group, group_src=0)
             error = told[0]
         if error is not None:
             raise error

@@ -93,8 +93,8 @@ def _stacked_kernel(
     c: tl.constexpr = t_ptr.dtype.element_ty
     first = piece * steps * BLOCK_L
     last = tl.minimum(first + steps * BLOCK_L, length)
-    p = tl.zeros((BLOCK_M, BLOCK_T), tl.float32)  # [BLOCK_M, BLOCK_T]
-    q = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)  # [BLOCK_M, BLOCK_R]
+    p = tl.zeros((BLOCK_M, BLOCK_T), tl.float32)
+    q = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for start in range(first, last, BLOCK_L):
         offs_l = start + tl.arange(0, BLOCK_L)
         v = _wide_tile(v_ptr, offs_m, offs_l, rows, last, stride_vm, stride_vl)  # [BLOCK_M, BLOCK_L]
@@ -142,7 +142,7 @@ def _crossed_kernel(
     c: tl.constexpr = t_ptr.dtype.element_ty
     p_ptr += tl.cast(pid, tl.int64) * tokens * rows
     t = _wide_tile(t_ptr, offs_l, offs_t, length, tokens, stride_tl, stride_tm)  # [BLOCK_L, BLOCK_T]
-    q = tl.zeros((BLOCK_L, BLOCK_R), tl.float32)  # [BLOCK_L, BLOCK_R]
+    q = tl.zeros((BLOCK_L, BLOCK_R), tl.float32)
     first = piece * steps * BLOCK_M
     last = tl.minimum(first + steps * BLOCK_M, rows)
     for start in range(first, last, BLOCK_M):
