@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from trainer_problem import assert_same
 
 WORLD = 2
 
@@ -66,10 +67,10 @@ def by_name(parameters):
     return {name.removeprefix("module."): p for name, p in parameters if p.requires_grad}
 
 
-def same(found, expected):
-    assert found.keys() == expected.keys()
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], msg=lambda text, name=name: f"{name}: {text}")
+def assert_same_gradients(model, plain):
+    """The whole gradients of a model that processes share, and those of one that they do not."""
+    gradients = {name: whole(p.grad) for name, p in by_name(model.named_parameters()).items()}
+    assert_same(gradients, {name: p.grad for name, p in by_name(plain.named_parameters()).items()})
 
 
 def logits(model, batch):

@@ -17,8 +17,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 from models import language_batch, make_case
-from processes import WORLD, by_name, in_two_processes, logits, parallel, part_of, same, whole
-from trainer_problem import SGD, WAYS, Texts, adapted, loop, trained, trainer_of, under_peft
+from processes import WORLD, assert_same_gradients, by_name, in_two_processes, logits, parallel, part_of, whole
+from trainer_problem import SGD, WAYS, Texts, adapted, assert_same, loop, trained, trainer_of, under_peft
 
 KINDS = ("ddp", "fsdp2")
 
@@ -30,8 +30,7 @@ def train(rank, way, kind, steps=2):
     for _ in range(steps):
         plain(**batch).loss.backward()
         model(**part_of(batch, rank)).loss.backward()
-        gradients = {name: whole(p.grad) for name, p in by_name(model.named_parameters()).items()}
-        same(gradients, {name: p.grad for name, p in by_name(plain.named_parameters()).items()})
+        assert_same_gradients(model, plain)
         before = logits(model, batch)
         torch.testing.assert_close(before, logits(plain, batch))
         for optimizer in optimizers:
@@ -133,8 +132,7 @@ def train_over_4_bits(rank, way):
     assert type(layer.base_layer.weight).__name__ == "DTensor"
     model(**part_of(batch, rank)).loss.backward()
     plain(**batch).loss.backward()
-    gradients = {name: whole(p.grad) for name, p in by_name(model.named_parameters()).items()}
-    same(gradients, {name: p.grad for name, p in by_name(plain.named_parameters()).items()})
+    assert_same_gradients(model, plain)
     if way == "neat":
         with pytest.raises(ValueError, match="weight must be whole in this process, got a DTensor"):
             layer.merge()
@@ -182,8 +180,7 @@ def train_as_accelerate_prepares(rank, way):
     model = fsdp2_prepare_model(accelerator, copy.deepcopy(plain))
     model(**part_of(batch, rank)).loss.backward()
     plain(**batch).loss.backward()
-    gradients = {name: whole(p.grad) for name, p in by_name(model.named_parameters()).items()}
-    same(gradients, {name: p.grad for name, p in by_name(plain.named_parameters()).items()})
+    assert_same_gradients(model, plain)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -228,8 +225,7 @@ def compiled(rank, way, kind):
     model.compile(backend="aot_eager")
     model(**part_of(batch, rank)).loss.backward()
     plain(**batch).loss.backward()
-    gradients = {name: whole(p.grad) for name, p in by_name(model.named_parameters()).items()}
-    same(gradients, {name: p.grad for name, p in by_name(plain.named_parameters()).items()})
+    assert_same_gradients(model, plain)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -252,7 +248,7 @@ def train_by_trainer(rank, way, folder):
         log = [entry for entry in trainer.state.log_history if "loss" in entry]
         assert [entry["loss"] for entry in log] == pytest.approx(losses, rel=1e-5)
         assert all(entry["neat/delta_norm"] > 0 for entry in log)
-    same(trained(model), trained(expected))
+    assert_same(trained(model), trained(expected))
 
 
 @pytest.mark.parametrize("way", WAYS)

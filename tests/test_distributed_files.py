@@ -15,8 +15,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 from models import language_batch, make_case
-from processes import WORLD, by_name, in_two_processes, logits, parallel, part_of, same, whole
-from trainer_problem import adapted
+from processes import WORLD, by_name, in_two_processes, logits, parallel, part_of, whole
+from trainer_problem import adapted, assert_same
 
 
 def save(rank, folder):
@@ -66,7 +66,7 @@ def test_a_state_dict_of_a_sharded_model_goes_into_pefts_file_and_back(way, tmp_
     adapted("llama", way).save_pretrained(tmp_path / "whole")
     sharded, whole = (read(tmp_path / name / "adapter_model.safetensors")[0] for name in ("sharded", "whole"))
     assert len(whole) == 24
-    same(sharded, whole)
+    assert_same(sharded, whole)
 
 
 def refuse(rank, folder):

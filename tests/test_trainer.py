@@ -10,7 +10,7 @@ from torch import nn
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from trainer_problem import SGD, WAYS, Texts, adapted, loop, trained, trainer_of  # noqa: E402
+from trainer_problem import SGD, WAYS, Texts, adapted, assert_same, loop, trained, trainer_of  # noqa: E402
 
 from neat_kernels.integrations.peft import accelerate  # noqa: E402
 from neat_kernels.integrations.trainer import NeatCallback  # noqa: E402
@@ -18,12 +18,6 @@ from neat_kernels.integrations.trainer import NeatCallback  # noqa: E402
 pytestmark = pytest.mark.usefixtures("frozen_garbage")
 
 NAMES = ("llama", "roberta")
-
-
-def assert_same(ours, expected, **tolerance):
-    assert ours.keys() == expected.keys()
-    for name, p in expected.items():
-        torch.testing.assert_close(ours[name], p, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
 
 
 def assert_equal(ours, expected):

@@ -112,3 +112,9 @@ def loop(model, data, steps=3, batch=4, dtype=None):
 def trained(model):
     """Copies of the trained parameters, by name."""
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_same(ours, expected, **tolerance):
+    assert ours.keys() == expected.keys()
+    for name, p in expected.items():
+        torch.testing.assert_close(ours[name], p, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
