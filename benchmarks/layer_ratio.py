@@ -23,7 +23,7 @@ from neat_kernels.bench import BenchError
 from neat_kernels.bench.block import ADAPTED, BLOCKS, parse_block
 from neat_kernels.bench.contenders import BASELINE, CONTENDERS, check_company
 from neat_kernels.bench.measure import LABELS, MODES
-from neat_kernels.bench.processes import COMPARED, fresh_processes, is_sound, summarize
+from neat_kernels.bench.processes import COMPARED, fresh_process, is_sound, summarize
 from neat_kernels.bench.provenance import provenance, write_json
 from neat_kernels.bench.shapes import REFERENCE_SHAPE, SHAPES, parse_shapes
 
@@ -77,10 +77,14 @@ def _measure(
             start = time.monotonic()
             if not lacking or start + longest > deadline:
                 continue
+
+            def done(index: int, run: dict[str, Any], lacking: list[int] = lacking) -> None:
+                runs[lacking[index]].append(run)
+                _tell(cases[lacking[index]])
+
             try:
                 # A process that dies, as of an illegal access on a GPU, costs neither what it has done nor the others.
-                into = [runs[i] for i in lacking]
-                fresh_processes([cases[i] for i in lacking], 1, deadline, _told, False, process, into)
+                fresh_process([cases[i] for i in lacking], process, done)
             except BenchError as error:
                 print(f"\n{error}", file=sys.stderr, flush=True)
                 ended = False
@@ -89,7 +93,7 @@ def _measure(
     return ended
 
 
-def _told(case: dict[str, Any]) -> None:
+def _tell(case: dict[str, Any]) -> None:
     what = " ".join(filter(None, (case["mode"], case["block"], case["shape"], case["dtype"])))
     print(f"measured in one process more: {what}", file=sys.stderr, flush=True)
 

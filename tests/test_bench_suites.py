@@ -26,13 +26,13 @@ def test_layer_ratio_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert layer_ratio.main([*command, "--modes", "training"]) == 0
     (first,) = json.loads(output.read_text())["cases"]
     asked = []
-    measured = layer_ratio.fresh_processes
+    measured = layer_ratio.fresh_process
 
-    def fresh(cases, processes, *rest):
-        asked.extend(cases * processes)
-        return measured(cases, processes, *rest)
+    def fresh(cases, *rest):
+        asked.extend(cases)
+        return measured(cases, *rest)
 
-    monkeypatch.setattr(layer_ratio, "fresh_processes", fresh)
+    monkeypatch.setattr(layer_ratio, "fresh_process", fresh)
     assert layer_ratio.main([*command, "--modes", "training", "inference", "--resume"]) == 0
     assert [case["mode"] for case in asked] == ["inference"]
     kept, new = json.loads(output.read_text())["cases"]

@@ -195,27 +195,20 @@ def _formula_compiled(problem: Problem) -> Layer:
     return _by_formula(problem, _compiled_formula())
 
 
+_OURS_UNDER_PEFT: dict[str, tuple[str, ...]] = {"peft": ("PeanutConfig",), "neat_kernels.integrations": ()}
+
+
 @_contender("peft_peanut", "PEFT PEANuT", "neat", {"peft": ("PeanutConfig",)})
 def _peft_peanut(problem: Problem) -> Layer:
     return _stock_peanut(problem, accelerated=False)
 
 
-@_contender(
-    "accelerated",
-    "PEFT PEANuT, accelerated",
-    "neat",
-    {"peft": ("PeanutConfig",), "neat_kernels.integrations": ()},
-)
+@_contender("accelerated", "PEFT PEANuT, accelerated", "neat", _OURS_UNDER_PEFT)
 def _accelerated(problem: Problem) -> Layer:
     return _stock_peanut(problem, accelerated=True)
 
 
-@_contender(
-    "peft_neat",
-    "PEFT, NeatConfig",
-    "neat",
-    {"peft": ("PeanutConfig",), "neat_kernels.integrations": ()},
-)
+@_contender("peft_neat", "PEFT, NeatConfig", "neat", _OURS_UNDER_PEFT)
 def _peft_neat(problem: Problem) -> Layer:
     from neat_kernels.integrations.peft import NeatConfig
 

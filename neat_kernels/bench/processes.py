@@ -32,8 +32,6 @@ def fresh_processes(
     deadline: float,
     told: Callable[[Case], None] = lambda case: None,
     quiet: bool = False,
-    first: int = 0,
-    into: Sequence[list[Run]] | None = None,
 ) -> list[list[Run]]:
     """Measure every case in each of several processes, which run one after the other.
 
@@ -42,9 +40,7 @@ def fresh_processes(
         processes: how many; each has another contender at the head of the turns. Memory is measured in the first.
         deadline: of time.monotonic(). No process begins that would end beyond it, as far as those before it tell.
         told: is called with every case that a process has done.
-        first: number of the first process, where others ran before.
         quiet: keep what the processes write to stderr for the message of an error.
-        into: lists that the runs are added to, which have them even where an error follows; None makes new ones.
 
     Returns:
         The runs of each case, as many as there were processes.
@@ -52,21 +48,39 @@ def fresh_processes(
     Raises:
         BenchError: a process ended without the results of all cases.
     """
-    runs: list[list[Run]] = [[] for _ in cases] if into is None else list(into)
+    runs: list[list[Run]] = [[] for _ in cases]
 
-    def done(number: int, run: Run) -> None:
-        runs[number].append(run)
-        told(cases[number])
+    def done(index: int, run: Run) -> None:
+        runs[index].append(run)
+        told(cases[index])
 
     longest = 0.0
-    for i in range(first, first + processes):
+    for number in range(processes):
         start = time.monotonic()
         if start + longest > deadline:
             break
-        asked = [{**case, "memory": i == 0, "contenders": rotated(case["contenders"], i)} for case in cases]
-        _process(asked, done, quiet)
+        fresh_process(cases, number, done, quiet)
         longest = max(longest, time.monotonic() - start)
     return runs
+
+
+def fresh_process(cases: Sequence[Case], number: int, done: Callable[[int, Run], None], quiet: bool = False) -> None:
+    """Measure every case in one process; what is done before an error is told.
+
+    Args:
+        cases: as `fresh_processes` takes them.
+        number: of the process among several.
+        done: is called with the index and the run of each case, as soon as there is one.
+        quiet: as in `fresh_processes`.
+
+    Raises:
+        BenchError: the process ended without the results of all cases.
+    """
+    _process(
+        [{**case, "memory": number == 0, "contenders": rotated(case["contenders"], number)} for case in cases],
+        done,
+        quiet,
+    )
 
 
 def rotated(names: list[str], by: int) -> list[str]:
